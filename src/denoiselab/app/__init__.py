@@ -1,0 +1,20 @@
+"""train, sample and evaluate as functions of a composed config, and their command lines; the only importer of hydra."""
+
+from __future__ import annotations
+
+from denoiselab.app.compose import command
+
+
+def train_command() -> None:
+    """`denoiselab-train`."""
+    command("train", "denoiselab.app.train:train")
+
+
+def sample_command() -> None:
+    """`denoiselab-sample`."""
+    command("sample", "denoiselab.app.sample:sample")
+
+
+def evaluate_command() -> None:
+    """`denoiselab-evaluate`."""
+    command("evaluate", "denoiselab.app.evaluate:evaluate")

@@ -1,0 +1,324 @@
+"""From a plain config to checked objects: types first, then ranges, then what does not fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+from denoiselab.condition import Condition
+from denoiselab.data.datamodule import ImageDataModule
+from denoiselab.diffusion.denoiser import NetworkDenoiser
+from denoiselab.diffusion.noise import hash64
+from denoiselab.diffusion.objective import Objective
+from denoiselab.diffusion.samplers import Sampler
+from denoiselab.evaluation.metrics import Metrics
+from denoiselab.runs.checks import check_targets, check_types, check_value, show
+from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.folder import newest_run
+from denoiselab.training.checkpoint import load_checkpoint, network_weights, newest_checkpoint
+from denoiselab.training.ema import EMA
+from denoiselab.training.module import Codec
+from denoiselab.training.schedule import Schedule
+from denoiselab.training.trainer import TrainerSettings
+
+TRAIN_KEYS: dict[str, Any] = {
+    "seed": int,
+    "name": str | None,
+    "runs": str,
+    "init_from": str | None,
+    "init_weights": str | None,
+    "compile": bool,
+}
+
+
+def make(config: dict[str, Any], group: str) -> Any:
+    """Build what a group of the config describes.
+
+    Raises:
+        ConfigError: if a constructor refuses a value; its message gets the path of the node.
+    """
+    try:
+        return instantiate(config[group], _convert_="all")
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise (error.__cause__ or error) from None
+        # Hydra names the node that failed, relative to the group, in the last line of its message.
+        last = str(error).strip().splitlines()[-1]
+        inner = last.removeprefix("full_key: ") if last.startswith("full_key: ") else ""
+        raise ConfigError(f"{group}.{inner + '.' if inner else ''}{error.__cause__}") from error
+
+
+def check_keys(config: dict[str, Any], keys: dict[str, Any]) -> None:
+    """Check the types of the keys outside any group, and then of every node.
+
+    Raises:
+        ConfigError: for the first value of another type.
+    """
+    for key, annotation in keys.items():
+        check_value(config[key], annotation, key)
+    if "seed" in config and not 0 <= config["seed"] < 2**63:
+        raise ConfigError(f"seed={config['seed']}: must be from 0 to 2^63 - 1")
+    check_types(config)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The objects of a run, without the network."""
+
+    data: ImageDataModule
+    codec: Codec
+    objective: Objective
+    sampler: Sampler
+    guidance: Any
+    metrics: Metrics
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network sees."""
+        return self.codec.shape(self.data.channels, *self.data.size)
+
+
+def make_parts(config: dict[str, Any]) -> Parts:
+    """Build and check what training, sampling and measuring share.
+
+    Raises:
+        ConfigError: if a value is refused, or two choices do not fit together.
+    """
+    parts = Parts(
+        data=make(config, "datamodule"),
+        codec=make(config, "codec"),
+        objective=make(config, "objective"),
+        sampler=make(config, "sampler"),
+        guidance=make(config, "guidance"),
+        metrics=make(config, "metrics"),
+    )
+    plain = parts.objective.denoiser(nn.Identity())
+    try:
+        guided = parts.guidance(plain)
+    except ValueError as error:
+        raise ConfigError(f"guidance.{error}") from error
+    if getattr(guided, "needs_null", False):
+        scale = config["guidance"]["scale"]
+        if parts.data.num_classes == 0:
+            raise ConfigError(
+                f"guidance.scale={scale}: the data has no class labels to guide by; use guidance=none"
+            )
+        if parts.objective.label_dropout == 0:
+            raise ConfigError(
+                f"guidance.scale={scale}: needs a network trained without labels at times; set "
+                "objective.label_dropout above 0"
+            )
+    try:
+        parts.sampler.plan(guided)
+    except ValueError as error:
+        raise ConfigError(f"sampler.{error}") from error
+    return parts
+
+
+def make_network(config: dict[str, Any], *, device: str | None = None) -> nn.Module:
+    """The backbone with its initial weights, which depend on the seed alone; "meta" builds it without numbers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(hash64(config["seed"], "weights"))
+        if device is None:
+            return make(config, "backbone")
+        with torch.device(device):
+            return make(config, "backbone")
+
+
+def check_network(config: dict[str, Any], parts: Parts) -> nn.Module:
+    """The network without numbers, after a trial call.
+
+    Raises:
+        ConfigError: if the backbone does not fit the data.
+    """
+    node = config["backbone"]
+    for key, value in (("num_classes", parts.data.num_classes), ("channels", parts.shape[0])):
+        if key in node and node[key] != value:
+            raise ConfigError(f"backbone.{key}={show(node[key])}: the data has {value}")
+    network = make_network(config, device="meta")
+    with torch.device("meta"):
+        x, t, label = torch.zeros(2, *parts.shape), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
+        try:
+            output = network(x, t, Condition(label=label if parts.data.num_classes else None))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise ConfigError(f"backbone: cannot take images of shape {parts.shape} ({error})") from error
+    if output.shape != x.shape:
+        raise ConfigError(f"backbone: makes {tuple(output.shape[1:])} of images of shape {parts.shape}")
+    return network
+
+
+@dataclass(frozen=True)
+class Training:
+    """The objects of a training run beside `Parts`."""
+
+    settings: TrainerSettings
+    optimizer: Any
+    schedule: Schedule
+    ema: EMA
+    callbacks: dict[str, Any]
+    initial: dict[str, Tensor] | None
+
+
+def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
+    """Everything a training run needs, built and checked; nothing is created.
+
+    Raises:
+        ConfigError: for the first mistake, in one line.
+    """
+    check_keys(config, TRAIN_KEYS)
+    parts = make_parts(config)
+    callbacks = {key: make(config["callbacks"], key) for key in config["callbacks"] or {}}
+    training = Training(
+        settings=make(config, "trainer"),
+        optimizer=make(config, "optimizer"),
+        schedule=make(config, "schedule"),
+        ema=make(config, "ema"),
+        callbacks=callbacks,
+        initial=None,
+    )
+    network = check_network(config, parts)
+    settings = training.settings
+    _refuse("optimizer.", lambda: training.optimizer([nn.Parameter(torch.zeros(1))]))
+    _refuse("datamodule.", lambda: parts.data.check_batch(settings.world_size, settings.accumulate))
+    _refuse("datamodule.", parts.data.check)
+    _refuse(
+        "metrics: ",
+        lambda: parts.metrics.check(
+            channels=parts.data.channels, resolution=parts.data.resolution, num_classes=parts.data.num_classes
+        ),
+        hint="; or measure nothing with metrics=none",
+    )
+    if config["init_from"] is not None:
+        initial = _initial_weights(config["init_from"], config["init_weights"], network)
+        training = Training(**{**vars(training), "initial": initial})
+    return parts, training
+
+
+def _refuse(prefix: str, check: Any, hint: str = "") -> None:
+    try:
+        check()
+    except ValueError as error:
+        message = str(error)
+        raise ConfigError(f"{prefix}{message[:1].lower()}{message[1:]}{hint}") from error
+
+
+def find_checkpoint(run: str | None, checkpoint: str | None, runs: str) -> Path:
+    """The checkpoint file that `run=`, `checkpoint=` or neither asks for.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    try:
+        if checkpoint is not None:
+            return Path(checkpoint)
+        folder = newest_run(Path(runs)) if run is None else Path(run)
+        if not folder.is_dir():
+            raise ValueError(f"run={run}: no such folder")
+        return newest_checkpoint(folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _initial_weights(source: str, weights: str | None, network: nn.Module) -> dict[str, Tensor]:
+    """The weights of another run, if they fit the network."""
+    path = Path(source)
+    try:
+        loaded = load_checkpoint(newest_checkpoint(path) if path.is_dir() else path)
+        state = network_weights(loaded, weights or next(iter(loaded["ema"]), "raw"))
+    except ValueError as error:
+        reason = str(error).partition(": ")[2]
+        raise ConfigError(f"init_from={source}: {reason}") from error
+    misfits = fit(state, network)
+    if misfits:
+        raise ConfigError(f"init_from={source}: the network differs: {misfits}")
+    return state
+
+
+def fit(state: dict[str, Tensor], network: nn.Module) -> str:
+    """What keeps a state dict from fitting a network, in a few words; empty if it fits."""
+    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in state.items()}
+    misfits = [f"{key} is missing" for key in wanted if key not in given]
+    misfits += [f"{key} is unknown" for key in given if key not in wanted]
+    misfits += [
+        f"{key} is {given[key]}, not {wanted[key]}"
+        for key in wanted
+        if key in given and given[key] != wanted[key]
+    ]
+    return ", ".join(misfits[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network with all that is needed to sample from it."""
+
+    network: nn.Module
+    parts: Parts
+    config: dict[str, Any]
+    weights: str
+    checkpoint: Path
+    step: int
+    device: torch.device
+
+    @property
+    def denoiser(self) -> Any:
+        """The guided denoiser."""
+        bare: NetworkDenoiser = self.parts.objective.denoiser(self.network)
+        return self.parts.guidance(bare)
+
+
+def load_trained(options: dict[str, Any], replace: tuple[str, ...]) -> Trained:
+    """A run's network and parts, with the groups that the command line chose in place of the run's own.
+
+    Args:
+        options: the composed config of `sample` or `evaluate`.
+        replace: groups that may be replaced.
+
+    Raises:
+        ConfigError: if there is no such run, it is damaged, or an option does not fit it.
+    """
+    path = find_checkpoint(options["run"], options["checkpoint"], options["runs"])
+    try:
+        loaded = load_checkpoint(path)
+        weights = options["weights"] or next(iter(loaded["ema"]), "raw")
+        state = network_weights(loaded, weights)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    config = loaded["config"]
+    check_targets(config, options["trust"])
+    config = config | {group: options[group] for group in replace if options.get(group) is not None}
+    if options["nfe"] is not None and options["steps"] is not None:
+        raise ConfigError(f"nfe={options['nfe']}: give either nfe or steps (steps={options['steps']})")
+    if options["nfe"] is not None or options["steps"] is not None:
+        config["sampler"] = config["sampler"] | {"nfe": options["nfe"], "steps": options["steps"]}
+    check_types(config)
+    parts = make_parts(config)
+    network = make_network(config)
+    misfits = fit(state, network)
+    if misfits:
+        raise ConfigError(f"checkpoint={path}: does not fit its own config: {misfits}")
+    network.load_state_dict(state)
+    device = choose_device(options["device"])
+    network = network.to(device).eval().requires_grad_(False)
+    return Trained(network, parts, config, weights, path, loaded["global_step"], device)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        ConfigError: if there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name}: must be one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: this machine has no GPU")
+    return torch.device(name)

@@ -1,0 +1,106 @@
+"""`denoiselab-evaluate`: the numbers of a trained run, or of images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from denoiselab.app.build import check_keys, load_trained, make
+from denoiselab.app.sample import SAMPLE_KEYS
+from denoiselab.data.datamodule import ImageDataModule
+from denoiselab.evaluation.generate import draw
+from denoiselab.evaluation.metrics import Metrics
+from denoiselab.evaluation.pictures import read_images
+from denoiselab.evaluation.records import Number, sampling_protocol
+from denoiselab.reports.console import print_results
+from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.folder import write_json
+from denoiselab.training.trainer import free_cores
+
+EVALUATE_KEYS = {k: v for k, v in SAMPLE_KEYS.items() if k not in ("num_samples", "class")} | {
+    "images": str | None
+}
+
+
+def evaluate(options: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
+    """Measure a run or images, print a table and write the numbers with their protocols as JSON.
+
+    Raises:
+        ConfigError: if the run, the images or an option is wrong; nothing is written then.
+    """
+    check_keys(options, EVALUATE_KEYS)
+    torch.set_num_threads(free_cores())
+    facts: dict[str, Any]
+    if options["images"] is not None:
+        facts, numbers = _measure_images(options)
+        output = options["output"]
+    else:
+        facts, numbers, default = _measure_run(options)
+        output = options["output"] or default
+    if output is not None:
+        write_json(Path(output), {"numbers": [number.to_dict() for number in numbers]})
+        facts["output"] = output
+    print_results(Console(), facts, numbers)
+
+
+def _check(metrics: Metrics, data: ImageDataModule) -> None:
+    if metrics.num_samples == 0:
+        raise ConfigError("metrics=none: nothing to measure; name metrics=digits or metrics=fid")
+    try:
+        data.check()
+        metrics.check(channels=data.channels, resolution=data.resolution, num_classes=data.num_classes)
+    except ValueError as error:
+        raise ConfigError(f"evaluate: {error}") from error
+
+
+def _measure_images(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number]]:
+    for group in ("datamodule", "metrics"):
+        if options[group] is None:
+            raise ConfigError(
+                f"{group}=null: images are compared with data; name one, for example {group}=digits"
+            )
+    data, metrics = make(options, "datamodule"), make(options, "metrics")
+    _check(metrics, data)
+    try:
+        images, labels = read_images(Path(options["images"]), data.channels)
+        if tuple(images.shape[2:]) != data.size:
+            raise ValueError(
+                f"images={options['images']}: are {tuple(images.shape[2:])}, the data is {data.size}"
+            )
+        numbers = metrics.measure(images, labels, data, {"images": options["images"]})
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return {"images": f"{len(images)} from {options['images']}"}, numbers
+
+
+def _measure_run(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number], Path]:
+    trained = load_trained(options, ("sampler", "guidance", "metrics", "datamodule"))
+    parts, metrics = trained.parts, trained.parts.metrics
+    _check(metrics, parts.data)
+    images: Tensor
+    images, labels = draw(
+        trained.denoiser,
+        parts.sampler,
+        count=metrics.num_samples,
+        num_classes=parts.data.num_classes,
+        shape=parts.shape,
+        codec=parts.codec,
+        seed=metrics.seed,
+        batch_size=options["batch_size"],
+        device=trained.device,
+    )
+    nfe = parts.sampler.plan(trained.denoiser)[1]
+    protocol = sampling_protocol(trained.config, weights=trained.weights, seed=metrics.seed, nfe=nfe)
+    if metrics.extractor is not None:
+        metrics.extractor.to(trained.device)
+    numbers = metrics.measure(images, labels, parts.data, protocol | {"step": trained.step})
+    facts = {
+        "checkpoint": trained.checkpoint,
+        "weights": f"{trained.weights}, step {trained.step}",
+        "sampler": f"{type(parts.sampler).__name__}, {nfe} NFE",
+    }
+    return facts, numbers, trained.checkpoint.with_name(f"{trained.checkpoint.stem}_evaluation.json")

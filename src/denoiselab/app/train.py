@@ -1,0 +1,214 @@
+"""`denoiselab-train`: one run, from a composed config to a folder."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from denoiselab.app.build import make, make_network, make_training
+from denoiselab.evaluation.records import Number
+from denoiselab.reports.console import print_results
+from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.folder import (
+    COMMAND,
+    CONFIG,
+    SUMMARY,
+    VERSIONS,
+    command_line,
+    make_run_folder,
+    versions,
+    write_json,
+)
+from denoiselab.runs.launch import launch, launched_from_outside
+from denoiselab.training.checkpoint import checkpoints_of
+from denoiselab.training.logs import csv_logger, finish
+from denoiselab.training.measurement import Measurement
+from denoiselab.training.module import DiffusionModule
+
+log = logging.getLogger("denoiselab")
+
+
+def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
+    """Check the config, make the run folder and train.
+
+    Args:
+        config: resolved, plain data.
+        choices: the choice of each group.
+        overrides: as given on the command line.
+
+    Raises:
+        ConfigError: before anything is created.
+        RankError: if one of several processes failed.
+    """
+    parts, training = make_training(config)
+    parts.data.prepare_data()  # a download, where the datamodule is told to make one
+    name = config["name"] or "-".join(choices[group] for group in ("datamodule", "backbone", "objective"))
+
+    def start_folder() -> str:
+        try:
+            folder = make_run_folder(Path(config["runs"]), name)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        groups = {group: choice for group, choice in choices.items() if not group.startswith("hydra/")}
+        write_json(folder / CONFIG, config)
+        write_json(folder / COMMAND, {"command": command_line(), "overrides": overrides, "choices": groups})
+        write_json(folder / VERSIONS, versions())
+        return str(folder)
+
+    if launched_from_outside():
+        folder = agree(start_folder)
+    else:
+        folder = start_folder()
+    launch(train_rank, (config, folder), training.settings.devices)
+
+
+def agree(make_value: Any) -> str:
+    """What rank 0 makes, on every rank that a launcher such as torchrun has started."""
+    if not dist.is_initialized():
+        dist.init_process_group()
+    values = [make_value() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(values)
+    assert isinstance(values[0], str)
+    return values[0]
+
+
+@record
+def train_rank(config: dict[str, Any], folder: str) -> None:
+    """Train in this process, which may be one of several."""
+    run_dir = Path(folder)
+    console = Console()
+    start_logging(run_dir)
+    parts, training = make_training(config)
+    training.settings.set_threads()
+    network = make_network(config)
+    if training.initial is not None:
+        network.load_state_dict(training.initial)
+    parameters = sum(p.numel() for p in network.parameters())
+    if config["compile"]:
+        network.compile()
+    module = DiffusionModule(
+        network=network,
+        objective=parts.objective,
+        codec=parts.codec,
+        sampler=parts.sampler,
+        guidance=parts.guidance,
+        optimizer=training.optimizer,
+        schedule=training.schedule,
+        ema=training.ema,
+        seed=config["seed"],
+        batch_size=parts.data.batch_size,
+        shape=parts.shape,
+        num_classes=parts.data.num_classes,
+        config=config,
+    )
+    measurement = Measurement(metrics=parts.metrics)
+    callbacks = list(training.callbacks.values())
+    loggers = [csv_logger(run_dir), *make(config, "logger")(run_dir=run_dir, name=run_dir.name)]
+    trainer = training.settings.build(run_dir, loggers, [*callbacks, measurement])
+    if trainer.is_global_zero:
+        nfe = parts.sampler.plan(parts.guidance(parts.objective.denoiser(network)))[1]
+        facts = {
+            "run": run_dir,
+            "data": f"{len(parts.data.train_set()):,} training and {len(parts.data.test_set()):,} test images",
+            "network": f"{type(network).__name__}, {parameters:,} parameters",
+            "training": f"{trainer.max_steps:,} steps of {parts.data.batch_size} images, "
+            f"{trainer.world_size} process{'es' if trainer.world_size > 1 else ''}, {torch.get_num_threads()} threads",
+            "sampling": f"{config['sampler']['_target_'].rpartition('.')[2]}, {nfe} NFE",
+        }
+        print_results(console, facts, [])
+        log.info(" · ".join(f"{k}: {v}" for k, v in facts.items()))
+        hyperparameters = {**config, "parameters": parameters, "nfe": nfe}
+        for logger in trainer.loggers[1:]:
+            logger.log_hyperparams(hyperparameters)
+    _fit(trainer, module, parts.data, measurement, console, run_dir)
+
+
+def _fit(
+    trainer: lightning.Trainer,
+    module: DiffusionModule,
+    data: lightning.LightningDataModule,
+    measurement: Measurement,
+    console: Console,
+    run_dir: Path,
+) -> None:
+    """Run the loop; whatever happens, the summary and the dashboard say how it ended."""
+    began, status, problem = time.time(), "failed", ""
+    try:
+        trainer.fit(module, datamodule=data)
+        status = "finished" if trainer.global_step >= trainer.max_steps else "stopped"
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        status, problem = "interrupted" if interrupted else "failed", f"{type(error).__name__}: {error}"
+        log.exception("the run ended early")
+        raise
+    finally:
+        if trainer.is_global_zero:
+            seconds = round(time.time() - began, 1)
+            summary = summarise(trainer, module, measurement.numbers, run_dir, status, problem, seconds)
+            write_json(run_dir / SUMMARY, summary)
+            finish(
+                trainer, summary["metrics"] | {"status": status}, failed=status in ("failed", "interrupted")
+            )
+            facts = {"run": run_dir, "status": status, "steps": trainer.global_step, "seconds": seconds}
+            print_results(console, facts | summary["losses"], measurement.numbers)
+
+
+def summarise(
+    trainer: lightning.Trainer,
+    module: DiffusionModule,
+    numbers: list[Number],
+    run_dir: Path,
+    status: str,
+    problem: str,
+    seconds: float,
+) -> dict[str, Any]:
+    """What summary.json holds."""
+    latest: dict[str, float] = {}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        latest |= getattr(callback, "latest", {})
+    keys = ("train/loss", "train/images_per_second", "val/x0_mse", "val/epsilon_mse")
+    saved = checkpoints_of(run_dir / "checkpoints")
+    return {
+        "status": status,
+        "error": problem or None,
+        "steps": trainer.global_step,
+        "seconds": seconds,
+        "weights": module.ema.default,
+        "losses": {key: round(latest[key], 6) for key in keys if key in latest},
+        "metrics": {number.name: number.value for number in numbers},
+        "real": {number.name: number.floor for number in numbers if number.floor is not None},
+        "protocol": numbers[-1].protocol if numbers else None,
+        "checkpoint": str(saved[-1].relative_to(run_dir)) if saved else None,
+    }
+
+
+def start_logging(run_dir: Path) -> None:
+    """Everything that is logged or warned goes to train.log; the terminal stays for what a person wants to see."""
+    handler = logging.FileHandler(run_dir / "train.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    for old in root.handlers[:]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    for expected in (
+        "does not have many workers",
+        "exists and is not empty",
+        "isinstance.*LeafSpec",
+        "litlogger",
+    ):
+        warnings.filterwarnings("ignore", message=f".*{expected}.*")
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True

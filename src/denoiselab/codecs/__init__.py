@@ -1,0 +1,1 @@
+"""Pixels to what the network sees, and back."""

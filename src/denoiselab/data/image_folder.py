@@ -1,0 +1,316 @@
+"""Any folder of images, with or without one subfolder per class."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from denoiselab.condition import NULL_LABEL
+from denoiselab.data.datamodule import ImageDataModule, Split
+from denoiselab.data.dataset import ImageDataset
+
+EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+NAMED = 3  # broken files that a message names
+
+log = logging.getLogger(__name__)
+
+
+class File(NamedTuple):
+    """An image file: its path, its path below the root with forward slashes, and its label."""
+
+    path: Path
+    name: str
+    label: int
+
+
+def to_grey_or_rgb(image: Image.Image, channels: int) -> Image.Image:
+    """The image upright (EXIF orientation) in 8-bit grey (channels 1, luma of ITU-R 601) or RGB (channels 3).
+
+    Transparency is composited on white; 16-bit grey is scaled to 8 bits; palettes, CMYK and the rest go
+    through RGB.
+
+    Raises:
+        ValueError: if the pixels have no fixed range (32-bit integers or floats).
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no fixed range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def decode(path: Path, *, channels: int, size: tuple[int, int]) -> Tensor:
+    """Read an image file, scale it so that it covers `size` and cut out the centre.
+
+    Scaling uses Pillow's bicubic filter, which antialiases when it shrinks; an image that has the size
+    already is left as it is.
+
+    Args:
+        path: of the file.
+        channels: 1 (grey) or 3 (RGB).
+        size: (height, width) in pixels.
+
+    Returns:
+        uint8 of shape (channels, height, width).
+
+    Raises:
+        Exception: of Pillow's many kinds, if the file is not a whole image.
+    """
+    with Image.open(path) as image:
+        image.load()
+        plain = to_grey_or_rgb(image, channels)
+    if plain.size != size[::-1]:
+        plain = ImageOps.fit(plain, size[::-1], method=Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(plain)).reshape(*size, channels).permute(2, 0, 1).contiguous()
+
+
+def list_images(root: Path, below: str) -> list[str]:
+    """The image files in the subfolder `below` of root, hidden ones left out: sorted, relative to root."""
+    names = []
+    for parent, folders, files in os.walk(root / below, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        names += [
+            (Path(parent) / f).relative_to(root).as_posix()
+            for f in files
+            if not f.startswith(".") and f.lower().endswith(EXTENSIONS)
+        ]
+    return sorted(names)
+
+
+def choose_test(files: Sequence[File], fraction: float) -> set[str]:
+    """The names of the files for testing: of each class, the given part with the lowest hash of the name.
+
+    At least one file of each class is left for training and, of two or more, at least one chosen. A file
+    that is added moves at most one other across, since each one's hash is its own.
+    """
+    classes: dict[int, list[str]] = {}
+    for file in files:
+        classes.setdefault(file.label, []).append(file.name)
+    chosen: set[str] = set()
+    for names in classes.values():
+        count = min(max(1, round(len(names) * fraction)), len(names) - 1)
+        by_hash = sorted(names, key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
+        chosen.update(by_hash[:count])
+    return chosen
+
+
+class ImageFiles(ImageDataset):
+    """Images that are decoded when they are asked for.
+
+    Args:
+        files: the files, with their labels.
+        digests: SHA-256 of each one's pixels.
+        channels: 1 (grey) or 3 (RGB).
+        size: (height, width) in pixels.
+        flip: whether the draws of training are mirrored left to right with probability 1/2.
+        seed: keys the mirroring.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[File],
+        digests: Sequence[bytes],
+        *,
+        channels: int,
+        size: tuple[int, int],
+        flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(flip=flip, seed=seed)
+        self.files, self.digests, self.channels, self.size = files, digests, channels, size
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.files)
+
+    def image(self, index: int) -> Tensor:
+        """Image `index`: uint8 of shape (C, H, W)."""
+        return decode(self.files[index].path, channels=self.channels, size=self.size)
+
+    def label(self, index: int) -> int:
+        """The class of image `index`; `NULL_LABEL` where there are no classes."""
+        return self.files[index].label
+
+    def digest(self, index: int) -> bytes:
+        """SHA-256 of the pixels of image `index`, as they were when the folder was scanned."""
+        return self.digests[index]
+
+
+class ImageFolder(ImageDataModule):
+    """A folder of images of any size and kind, scaled and cut to one shape.
+
+    Every file is decoded once, in threads, when a split is first asked for or checked; which ones are broken
+    is decided then. Hidden files and files with other extensions than `EXTENSIONS` are ignored.
+
+    Args:
+        root: the folder. With classes, each of its subfolders is one, in the order of their names, and
+            images that lie in none are ignored; without, images are looked for at any depth.
+        test_root: a folder of test images with the same subfolders; None takes a fixed, stratified part of
+            root.
+        test_fraction: the part of root that is for testing if there is no test_root, in (0, 1).
+        on_corrupt: what to do about files that cannot be decoded: "fail" refuses the folder, "skip" leaves
+            them out and says so in one warning.
+        cache: keep the decoded pixels in memory instead of decoding each image whenever it is drawn.
+        channels: 1 (grey) or 3 (RGB): what the images are converted to.
+        resolution: in pixels, one number or [height, width]: what the images are scaled and cut to.
+        num_classes: number of subfolders; 0 ignores them and trains without labels.
+        batch_size, seed, num_workers, flip, eval_batch_size: as in `ImageDataModule`; the split depends on
+            none of them.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None,
+        test_root: str | None,
+        test_fraction: float,
+        on_corrupt: Literal["fail", "skip"],
+        cache: bool,
+        channels: int,
+        resolution: int | list[int],
+        num_classes: int,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        flip: bool = False,
+        eval_batch_size: int = 500,
+    ) -> None:
+        super().__init__(
+            channels=channels,
+            resolution=resolution,
+            num_classes=num_classes,
+            batch_size=batch_size,
+            seed=seed,
+            num_workers=num_workers,
+            flip=flip,
+            eval_batch_size=eval_batch_size,
+        )
+        if root is None:
+            raise ValueError("root=null: give a folder of images, datamodule.root=/path/to/images")
+        if not 0 < test_fraction < 1:
+            raise ValueError(f"test_fraction={test_fraction}: must be above 0 and below 1")
+        if on_corrupt not in ("fail", "skip"):
+            raise ValueError(f"on_corrupt={on_corrupt}: must be fail or skip")
+        self.root, self.test_root, self.test_fraction = root, test_root, test_fraction
+        self.on_corrupt, self.cache = on_corrupt, cache
+        self._scanned: dict[Split, ImageDataset] = {}
+
+    def load(self, split: Split) -> ImageDataset:
+        """Read one split; the first call scans both.
+
+        Raises:
+            ValueError: if the folder is missing or empty, has other classes than declared, or holds broken
+                files that are not to be skipped.
+        """
+        if not self._scanned:
+            self._scanned = self._scan()
+        return self._scanned[split]
+
+    def _scan(self) -> dict[Split, ImageDataset]:
+        """Decode every file once, deal with the broken ones and make both splits of the others."""
+        splits = self._files()
+        files = splits["train"] + splits["test"]
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            results = dict(zip(files, pool.map(self._decode, files), strict=True))
+        broken = [f"{file.path} ({result})" for file, result in results.items() if isinstance(result, str)]
+        if broken:
+            self._report(broken, len(files))
+        sets: dict[Split, ImageDataset] = {}
+        for split, members in splits.items():
+            good = {f: r for f in members if not isinstance(r := results[f], str)}
+            if not good:
+                raise ValueError(f"root={self.root}: the {split} split holds no image that can be decoded")
+            if self.cache:
+                pixels = torch.stack([pixels for _, pixels in good.values() if pixels is not None])
+                sets[split] = self._in_memory(split, pixels, torch.tensor([f.label for f in good]))
+            else:
+                digests = [digest for digest, _ in good.values()]
+                sets[split] = ImageFiles(
+                    list(good),
+                    digests,
+                    channels=self.channels,
+                    size=self.size,
+                    flip=self.flip and split == "train",
+                    seed=self.seed,
+                )
+        return sets
+
+    def _decode(self, file: File) -> tuple[bytes, Tensor | None] | str:
+        """The hash of a file's pixels and, if they are kept, the pixels; or in one line why it has none."""
+        try:
+            pixels = decode(file.path, channels=self.channels, size=self.size)
+        except UnidentifiedImageError:
+            return "not an image"
+        except Exception as error:  # Pillow's decoders raise many kinds
+            return " ".join(str(error).split()) or type(error).__name__
+        digest = hashlib.sha256(pixels.numpy().tobytes()).digest()
+        return digest, pixels if self.cache else None
+
+    def _report(self, broken: Sequence[str], total: int) -> None:
+        what = f"{len(broken)} of {total} files cannot be decoded: " + ", ".join(broken[:NAMED])
+        what += ", ..." if len(broken) > NAMED else ""
+        if self.on_corrupt == "fail":
+            raise ValueError(f"on_corrupt=fail: {what}; repair or remove them, or set on_corrupt=skip")
+        rank_zero_only(log.warning)(f"on_corrupt=skip: {what}; left out")
+
+    def _files(self) -> dict[Split, list[File]]:
+        """The files of each split, broken ones among them: repairing a file moves no other."""
+        classes = self._classes("root", self.root)
+        files = self._list("root", self.root, classes)
+        if self.test_root is None:
+            chosen = choose_test(files, self.test_fraction)
+            return {
+                "train": [f for f in files if f.name not in chosen],
+                "test": [f for f in files if f.name in chosen],
+            }
+        if self._classes("test_root", self.test_root) != classes:
+            raise ValueError(
+                f"test_root={self.test_root}: must have the same class folders as root={self.root}"
+            )
+        one, other = Path(self.root).resolve(), Path(self.test_root).resolve()
+        if one.is_relative_to(other) or other.is_relative_to(one):
+            raise ValueError(
+                f"test_root={self.test_root}: must lie outside of root={self.root} and not around it"
+            )
+        return {"train": files, "test": self._list("test_root", self.test_root, classes)}
+
+    def _classes(self, key: str, folder: str) -> list[str]:
+        """The names of the class folders, sorted; none if no classes are declared."""
+        if not Path(folder).is_dir():
+            raise ValueError(f"{key}={folder}: no such folder")
+        if self.num_classes == 0:
+            return []
+        names = sorted(p.name for p in Path(folder).iterdir() if p.is_dir() and not p.name.startswith("."))
+        if len(names) != self.num_classes:
+            raise ValueError(f"num_classes={self.num_classes}: {key} has {len(names)} class folders")
+        return names
+
+    def _list(self, key: str, folder: str, classes: Sequence[str]) -> list[File]:
+        """The image files below `folder` or, with classes, below its class folders."""
+        files = []
+        for label, name in enumerate(classes) if classes else [(NULL_LABEL, "")]:
+            below = list_images(Path(folder), name)
+            if not below:
+                raise ValueError(f"{key}={Path(folder, name)}: holds no images ({' '.join(EXTENSIONS)})")
+            files += [File(Path(folder, path), path, label) for path in below]
+        return files

@@ -1,0 +1,1 @@
+"""The mathematics of Gaussian diffusion: paths, predictions, denoisers, objectives, samplers. torch only."""

@@ -1,0 +1,1 @@
+"""Sample generation, features, distances, and the protocol record beside each number."""

@@ -1,0 +1,1 @@
+"""The LightningModule, EMA, checkpoint writing, trainer and callbacks."""

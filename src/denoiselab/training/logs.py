@@ -1,0 +1,107 @@
+"""Writing metrics: one row to every logger, at the number of finished optimizer steps."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from PIL import Image
+
+
+def log_metrics(trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
+    """Log one row from rank 0."""
+    if trainer.is_global_zero:
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def log_image(trainer: lightning.Trainer, key: str, picture: Image.Image) -> None:
+    """Log one picture from rank 0 to the loggers that show pictures."""
+    if not trainer.is_global_zero:
+        return
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [picture], step=trainer.global_step)
+        elif isinstance(logger, TensorBoardLogger):
+            import numpy as np
+
+            pixels = np.asarray(picture.convert("RGB"))
+            logger.experiment.add_image(key, pixels, trainer.global_step, dataformats="HWC")
+
+
+def csv_logger(run_dir: Path) -> Logger:
+    """metrics.csv in the run folder, complete after every row."""
+    return CSVLogger(save_dir=run_dir, name="", version="", flush_logs_every_n_steps=1)
+
+
+def no_logger(*, run_dir: Path, name: str) -> list[Logger]:
+    """Nothing beside metrics.csv, which every run writes."""
+    return []
+
+
+def tensorboard_logger(*, run_dir: Path, name: str) -> list[Logger]:
+    """TensorBoard event files in the run folder."""
+    return [TensorBoardLogger(save_dir=run_dir, name="tensorboard", version="", default_hp_metric=False)]
+
+
+def wandb_logger(
+    *,
+    run_dir: Path,
+    name: str,
+    project: str = "denoiselab",
+    entity: str | None = None,
+    mode: str | None = None,
+    tags: list[str] | None = None,
+    notes: str | None = None,
+) -> list[Logger]:
+    """One W&B run per training job, its files in the run folder.
+
+    Args:
+        run_dir: the run folder; its name is the id of the W&B run, so that a folder has exactly one.
+        name: shown in the dashboard.
+        project: W&B project.
+        entity: W&B team or user.
+        mode: "online", "offline" or "disabled"; None is online when logged in and offline otherwise. WANDB_MODE in the
+            environment wins.
+        tags: shown in the dashboard.
+        notes: shown in the dashboard.
+
+    Raises:
+        ValueError: if the mode is none of these.
+    """
+    if mode not in (None, "online", "offline", "disabled"):
+        raise ValueError(f"mode={mode}: must be online, offline, disabled or null")
+    import wandb
+
+    mode = os.environ.get("WANDB_MODE") or mode or ("online" if wandb.login(prompt=False) else "offline")
+    settings = wandb.Settings(
+        x_transaction_log_flush_interval=1.0,  # default 15 s: what a killed job logged since would be lost
+        console="off",
+        silent=True,
+    )
+    return [
+        WandbLogger(
+            name=name,
+            save_dir=run_dir,
+            id=run_dir.name,
+            project=project,
+            entity=entity,
+            mode=mode,
+            tags=tags,
+            notes=notes,
+            settings=settings,
+            resume=None,
+            job_type="train",
+        )
+    ]
+
+
+def finish(trainer: lightning.Trainer, summary: dict[str, Any], failed: bool) -> None:
+    """Write the closing summary and end the W&B run with its true status."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.summary.update(summary)
+            logger.experiment.finish(exit_code=1 if failed else 0)

@@ -1,0 +1,155 @@
+"""The one LightningModule: a network trained by an objective, with averages of its weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from denoiselab.condition import Condition
+from denoiselab.diffusion.denoiser import Denoiser
+from denoiselab.diffusion.noise import NoiseSource, hash64
+from denoiselab.diffusion.objective import Objective
+from denoiselab.diffusion.samplers import Sampler
+from denoiselab.training.checkpoint import SCHEMA
+from denoiselab.training.ema import EMA
+from denoiselab.training.schedule import Schedule
+
+
+class Codec(Protocol):
+    """Pixels to what the network sees, and back."""
+
+    def shape(self, channels: int, height: int, width: int) -> tuple[int, int, int]:
+        """(C, H, W) of what the network sees of images of this shape."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 images to what the network sees."""
+        ...
+
+    def decode(self, x: Tensor) -> Tensor:
+        """What the network draws to uint8 images."""
+        ...
+
+
+class DiffusionModule(lightning.LightningModule):
+    """Trains a network on batches of {"image", "label", "place"}.
+
+    Args:
+        network: `network(x, t, condition)`.
+        objective: path, prediction and loss.
+        codec: pixels to what the network sees, and back.
+        sampler: how samples are drawn for pictures and metrics.
+        guidance: makes a guided denoiser of a denoiser.
+        optimizer: makes an optimizer of parameters.
+        schedule: the learning rate over the run.
+        ema: averages of the weights.
+        seed: of times, noise and label dropout.
+        batch_size: samples per optimizer step over all ranks and accumulation.
+        shape: (C, H, W) of what the network sees.
+        num_classes: of the data; 0 if it has none.
+        config: the resolved config as plain dicts, kept in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        objective: Objective,
+        codec: Codec,
+        sampler: Sampler,
+        guidance: Callable[[Denoiser], Denoiser],
+        optimizer: Callable[..., Optimizer],
+        schedule: Schedule,
+        ema: EMA,
+        seed: int,
+        batch_size: int,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        config: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.network, self.objective, self.codec = network, objective, codec
+        self.sampler, self.guidance = sampler, guidance
+        self.make_optimizer, self.schedule, self.ema = optimizer, schedule, ema
+        self.seed, self.batch_size, self.config = seed, batch_size, config
+        self.shape, self.num_classes = shape, num_classes
+        self.grad_norm = torch.zeros(())
+        self.waiting_since = time.perf_counter()  # when the last step ended and the next batch was asked for
+        self.ema.start(network)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """The mean loss of a micro-batch; randomness is a function of (seed, step, place in the global batch)."""
+        noise = NoiseSource(self.seed, batch["place"], self.global_step, self.batch_size)
+        # Dropout layers draw from the global generator: only the seed and this micro-batch decide what they draw.
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        torch.manual_seed(hash64(self.seed, "dropout", self.global_step, micro_batch, self.global_rank))
+        loss, t = self.objective(self.network, self.codec.encode(batch["image"]), condition_of(batch), noise)
+        return {"loss": loss.mean(), "losses": loss.detach(), "t": t}
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Validation is the work of callbacks, which know at which noise levels; see `NoiseLevelValidation`."""
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, with the schedule stepped once per optimizer step."""
+        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"},
+        }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the global norm, and keep what it was before."""
+        limit = float("inf") if gradient_clip_val is None else gradient_clip_val
+        self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The step (Lightning calls this once per accumulated batch), then the averages."""
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update(self.network)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Callbacks are done (Lightning calls them first): from here on the loop waits for data."""
+        self.waiting_since = time.perf_counter()
+
+    @contextmanager
+    def denoiser(self, weights: str | None = None, guided: bool = True) -> Iterator[Denoiser]:
+        """A denoiser with the weights of that name (None: the first average) in evaluation mode, without gradients."""
+        was_training = self.network.training
+        try:
+            with self.ema.applied(self.network, weights or self.ema.default), torch.no_grad():
+                self.network.eval()
+                denoiser = self.objective.denoiser(self.network)
+                yield self.guidance(denoiser) if guided else denoiser
+        finally:
+            self.network.train(was_training)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the averages and the config; raw weights stay raw even if an average is in the network just now."""
+        state = checkpoint["state_dict"]
+        for key in [k for k in state if k.startswith("network.")]:
+            state[key] = self.ema.raw(key.removeprefix("network."), state[key])
+        averages = self.ema.state_dict()
+        checkpoint.update(
+            schema=SCHEMA, config=self.config, ema=averages["averages"], ema_updates=averages["updates"]
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the averages over."""
+        self.ema.load_state_dict({"averages": checkpoint["ema"], "updates": checkpoint["ema_updates"]})
+
+
+def condition_of(batch: dict[str, Tensor]) -> Condition:
+    """The condition of a batch of plain tensors."""
+    return Condition(label=batch["label"])

@@ -1,0 +1,122 @@
+"""Lightning's Trainer with the settings that this project stands on."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Literal
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+
+from denoiselab.training.checkpoint import AtomicCheckpointIO
+
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+
+class TrainerSettings:
+    """Where and how long to train.
+
+    Args:
+        accelerator: "cpu", "gpu" or "auto" (a GPU where there is one).
+        devices: processes on this machine, one device each; "auto" is every GPU, or one process on the CPU.
+        num_nodes: machines.
+        precision: "32-true", "bf16-mixed" or "16-mixed".
+        max_steps: optimizer steps, at least 1.
+        accumulate: micro-batches per optimizer step and process, at least 1.
+        gradient_clip: largest global gradient norm; None does not clip.
+        val_every: optimizer steps between validations, at least 1.
+        threads: CPU threads per process; None shares the cores that are free to this job among its processes.
+
+    Raises:
+        ValueError: if a value is out of range, or a GPU is asked for where there is none.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Literal["cpu", "gpu", "auto"],
+        devices: int | Literal["auto"],
+        max_steps: int,
+        num_nodes: int = 1,
+        precision: Precision = "32-true",
+        accumulate: int = 1,
+        gradient_clip: float | None = None,
+        val_every: int,
+        threads: int | None = None,
+    ) -> None:
+        gpus = torch.cuda.device_count()
+        if accelerator == "gpu" and gpus == 0:
+            raise ValueError("accelerator=gpu: this machine has no GPU; use trainer=cpu")
+        self.accelerator = "gpu" if accelerator != "cpu" and gpus else "cpu"
+        self.devices = (gpus if self.accelerator == "gpu" else 1) if devices == "auto" else int(devices)
+        if self.accelerator == "gpu" and self.devices > gpus:
+            raise ValueError(f"devices={devices}: this machine has {gpus} GPUs")
+        at_least_one = {
+            "devices": self.devices,
+            "num_nodes": num_nodes,
+            "max_steps": max_steps,
+            "accumulate": accumulate,
+            "val_every": val_every,
+            "threads": 1 if threads is None else threads,
+        }
+        for key, value in at_least_one.items():
+            if value < 1:
+                raise ValueError(f"{key}={value}: must be at least 1")
+        if gradient_clip is not None and not gradient_clip > 0:
+            raise ValueError(f"gradient_clip={gradient_clip}: must be positive, or null for none")
+        self.num_nodes, self.precision, self.max_steps = num_nodes, precision, max_steps
+        self.accumulate, self.gradient_clip, self.val_every = accumulate, gradient_clip, val_every
+        self.threads = threads
+
+    @property
+    def world_size(self) -> int:
+        """Processes over all machines."""
+        return self.devices * self.num_nodes
+
+    def set_threads(self) -> None:
+        """Give this process its CPU threads."""
+        torch.set_num_threads(self.threads or max(1, free_cores() // self.devices))
+
+    def build(self, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]) -> lightning.Trainer:
+        """The Trainer of a run."""
+        return lightning.Trainer(
+            accelerator=self.accelerator,
+            devices=self.devices,
+            num_nodes=self.num_nodes,
+            strategy="ddp" if self.world_size > 1 else "auto",
+            precision=self.precision,
+            max_steps=self.max_steps,
+            accumulate_grad_batches=self.accumulate,
+            gradient_clip_val=self.gradient_clip,
+            # Validation counts steps, not epochs: training draws from an endless stream.
+            val_check_interval=self.val_every * self.accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the datamodule shares the samples out itself
+            default_root_dir=run_dir,
+            logger=loggers,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            enable_checkpointing=any("Checkpoints" in type(c).__name__ for c in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+
+
+def free_cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """The cores that this job may really use: OMP_NUM_THREADS, else the affinity mask capped by the container's quota."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = cgroup.read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):
+        pass  # no container, or no quota ("max")
+    return max(1, cores)
