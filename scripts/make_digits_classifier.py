@@ -54,9 +54,7 @@ def main(path: str) -> None:
     }
     save_classifier(network, metadata, path)
     with open(path, "rb") as file:
-        print(
-            f"test accuracy {accuracy:.4f}, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}, {path}"
-        )
+        print(f"test accuracy {accuracy:.4f}, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}, {path}")
 
 
 if __name__ == "__main__":

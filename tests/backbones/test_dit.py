@@ -30,9 +30,7 @@ def test_position_embedding_closed_form():
             for place in (column, row):
                 for function in (math.sin, math.cos):
                     want[-1] += [function(place * 10000 ** (-i / (dim // 4))) for i in range(dim // 4)]
-    torch.testing.assert_close(
-        position_embedding(dim, height, width), torch.tensor([want]), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(position_embedding(dim, height, width), torch.tensor([want]), rtol=0, atol=1e-6)
 
 
 def load_diffusers(net, state):

@@ -17,9 +17,7 @@ def test_time_embedding_closed_form(shift):
     frequencies = [10000 ** (-i / (dim // 2 - shift)) for i in range(dim // 2)]
     want = [[f(value * w) for f in (math.sin, math.cos) for w in frequencies] for value in t.tolist()]
     torch.testing.assert_close(got.double(), torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-4)
-    torch.testing.assert_close(
-        got[:3].double(), torch.tensor(want, dtype=torch.float64)[:3], rtol=0, atol=2e-6
-    )
+    torch.testing.assert_close(got[:3].double(), torch.tensor(want, dtype=torch.float64)[:3], rtol=0, atol=2e-6)
     flipped = sinusoidal_embedding(t, dim, order="cos_sin", frequency_shift=shift)
     assert torch.equal(flipped, got.roll(dim // 2, dims=1))
 

@@ -93,11 +93,7 @@ def test_ddpm_cifar10_parameter_count():
 
 def test_begins_as_zero_and_every_residual_branch_as_nothing():
     net = UNet(**SMALL)
-    zero = {
-        name.rsplit(".", 1)[0]
-        for name, p in net.named_parameters()
-        if name.endswith("weight") and not p.any()
-    }
+    zero = {name.rsplit(".", 1)[0] for name, p in net.named_parameters() if name.endswith("weight") and not p.any()}
     want = {name for name, _ in net.named_modules() if re.search(r"(conv2|attention.*\.out|conv_out)$", name)}
     assert zero == want
     assert len(want) == 8 + 4 + 1  # blocks, attentions, the output

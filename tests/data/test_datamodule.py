@@ -123,9 +123,7 @@ def test_training_batches_do_not_depend_on_the_shape_of_the_machine():
 def test_workers_draw_the_same_without_the_global_generator():
     state = torch.get_rng_state()
     alone, workers = toy(flip=True, num_workers=0), toy(flip=True, num_workers=2)
-    for one, other in zip(
-        islice(alone.train_dataloader(), 8), islice(workers.train_dataloader(), 8), strict=True
-    ):
+    for one, other in zip(islice(alone.train_dataloader(), 8), islice(workers.train_dataloader(), 8), strict=True):
         assert same(one, other)
     ours, theirs = list(alone.val_dataloader()), list(workers.val_dataloader())
     assert len(ours) == len(theirs) == 1

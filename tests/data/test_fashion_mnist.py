@@ -22,9 +22,7 @@ def write(folder, *, packed, side=28, labels=None):
     made = {}
     for part, size in [("train", 20), ("t10k", 10)]:
         images = rng.integers(0, 256, (size, side, side), dtype=np.uint8)
-        numbers = (
-            (np.arange(size) % 10).astype(np.uint8) if labels is None else np.array(labels, dtype=np.uint8)
-        )
+        numbers = (np.arange(size) % 10).astype(np.uint8) if labels is None else np.array(labels, dtype=np.uint8)
         made[part] = images, numbers
         for kind, array in [("images-idx3", images), ("labels-idx1", numbers)]:
             data = idx(array)
@@ -129,9 +127,7 @@ def test_broken_files_are_named_in_one_line(tmp_path, packed, data):
 
 
 def test_downloading_needs_a_folder():
-    with pytest.raises(
-        ValueError, match=r"^root=null: with download=true, give the folder to download into$"
-    ):
+    with pytest.raises(ValueError, match=r"^root=null: with download=true, give the folder to download into$"):
         module(None, download=True)
 
 
@@ -163,9 +159,7 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets, "FashionMNIST", download)
     reason = r"Error downloading: Tried a mirror, got: no route"
-    ways = (
-        "without a network, install Debian's package dataset-fashion-mnist and set root=null, download=false"
-    )
+    ways = "without a network, install Debian's package dataset-fashion-mnist and set root=null, download=false"
     line = rf"^download=true: torchvision could not download Fashion-MNIST \({reason}\); {ways}$"
     with pytest.raises(ValueError, match=line):
         module(tmp_path, download=True).prepare_data()

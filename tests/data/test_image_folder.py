@@ -80,9 +80,7 @@ def test_shrinking_antialiases(tmp_path):
 def test_grey_and_rgb_become_each_other(tmp_path):
     Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "red.png")
     Image.new("L", (4, 4), 90).save(tmp_path / "grey.png")
-    assert decode(tmp_path / "red.png", channels=1, size=(4, 4)).unique().tolist() == [
-        76
-    ]  # luma of ITU-R 601
+    assert decode(tmp_path / "red.png", channels=1, size=(4, 4)).unique().tolist() == [76]  # luma of ITU-R 601
     assert (decode(tmp_path / "grey.png", channels=3, size=(4, 4)) == 90).all()
 
 
@@ -115,9 +113,7 @@ def test_other_kinds_of_pixels(tmp_path, channels):
         "deep.png": 100,
         "deep.tif": 100,
     }
-    assert {name: corner(name) for name in wanted} == {
-        name: [value] * channels for name, value in wanted.items()
-    }
+    assert {name: corner(name) for name in wanted} == {name: [value] * channels for name, value in wanted.items()}
 
 
 def test_pixels_without_a_range_are_refused(tmp_path):
@@ -200,9 +196,7 @@ def test_folders_that_do_not_fit(tmp_path):
 def test_values_out_of_range(tmp_path, changes, line):
     with pytest.raises(ValueError, match=f"^{line}$"):
         module(tmp_path, **changes)
-    with pytest.raises(
-        ValueError, match=r"^root=null: give a folder of images, datamodule.root=/path/to/images$"
-    ):
+    with pytest.raises(ValueError, match=r"^root=null: give a folder of images, datamodule.root=/path/to/images$"):
         module(None)
 
 
@@ -293,9 +287,7 @@ def test_broken_files_are_refused_by_name_in_one_line(tmp_path):
         lone = tmp_path / "lone" / name
         write(lone)
         os.rename(tmp_path / "cat" / name, lone / "cat" / name)
-        with pytest.raises(
-            ValueError, match=r"^on_corrupt=fail: 1 of 21 files cannot be decoded: "
-        ) as caught:
+        with pytest.raises(ValueError, match=r"^on_corrupt=fail: 1 of 21 files cannot be decoded: ") as caught:
             module(lone).check()
         line = str(caught.value)
         assert f"{lone}/cat/{name} (" in line

@@ -64,16 +64,12 @@ def test_a_batch_larger_than_the_data_set():
 def test_the_seed_decides_and_iterating_again_repeats():
     assert draws(seed=3) == draws(seed=3)
     assert draws(seed=3) != draws(seed=4)
-    sampler = GlobalBatchSampler(
-        size=SIZE, batch_size=BATCH, seed=0, rank=0, world_size=1, accumulate=1, start_step=0
-    )
+    sampler = GlobalBatchSampler(size=SIZE, batch_size=BATCH, seed=0, rank=0, world_size=1, accumulate=1, start_step=0)
     assert list(islice(sampler, 3)) == list(islice(sampler, 3))
 
 
 def test_there_is_no_length():
-    sampler = GlobalBatchSampler(
-        size=SIZE, batch_size=BATCH, seed=0, rank=0, world_size=1, accumulate=1, start_step=0
-    )
+    sampler = GlobalBatchSampler(size=SIZE, batch_size=BATCH, seed=0, rank=0, world_size=1, accumulate=1, start_step=0)
     with pytest.raises(TypeError):
         len(sampler)
 

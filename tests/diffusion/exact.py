@@ -30,9 +30,7 @@ class Mixture:
         variance = alpha**2 * self.stds**2 + sigma**2
         difference = x[:, None] - alpha * self.means
         log_r = (
-            self.weights.log()
-            - difference.square().sum(-1) / (2 * variance)
-            - self.means.shape[1] / 2 * variance.log()
+            self.weights.log() - difference.square().sum(-1) / (2 * variance) - self.means.shape[1] / 2 * variance.log()
         )
         each = self.means + (alpha * self.stds**2 / variance)[:, None] * difference
         return (log_r.softmax(1)[..., None] * each).sum(1)

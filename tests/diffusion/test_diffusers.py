@@ -142,9 +142,7 @@ def test_the_ddpm_path_is_their_table(double, beta_max):
 
 
 @pytest.mark.parametrize("n", [5, 20, 50, 1000])
-@pytest.mark.parametrize(
-    "make", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler]
-)
+@pytest.mark.parametrize("make", [DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
 def test_the_network_is_told_their_integer_timesteps(make, n):
     scheduler = make(timestep_spacing="trailing")
     scheduler.set_timesteps(n)
@@ -192,9 +190,7 @@ def test_ddim(double, monkeypatch, spacing, eta, prediction, n):
     replay(monkeypatch, scheduler, n)
     sampler = DDIM(grid=GRID, eta=eta, steps=n)
     points = points_like(scheduler, sampler)
-    assert_agree(
-        ours(sampler, PATH, PREDICTIONS[prediction], START, points), theirs(scheduler, START, eta=eta)
-    )
+    assert_agree(ours(sampler, PATH, PREDICTIONS[prediction], START, points), theirs(scheduler, START, eta=eta))
 
 
 @every_prediction
@@ -208,9 +204,7 @@ def test_ddim(double, monkeypatch, spacing, eta, prediction, n):
         ("linspace", 38),
     ],
 )
-@pytest.mark.parametrize(
-    ("make", "sampler"), [(EulerDiscreteScheduler, Euler), (HEUN, Heun)], ids=["euler", "heun"]
-)
+@pytest.mark.parametrize(("make", "sampler"), [(EulerDiscreteScheduler, Euler), (HEUN, Heun)], ids=["euler", "heun"])
 def test_euler_and_heun(double, make, sampler, spacing, n, prediction):
     scheduler = make(prediction_type=prediction, timestep_spacing=spacing)
     scheduler.set_timesteps(n)
@@ -223,9 +217,7 @@ def test_euler_and_heun(double, make, sampler, spacing, n, prediction):
 
 @every_count
 @every_prediction
-@pytest.mark.parametrize(
-    ("make", "sampler"), [(EulerDiscreteScheduler, Euler), (HEUN, Heun)], ids=["euler", "heun"]
-)
+@pytest.mark.parametrize(("make", "sampler"), [(EulerDiscreteScheduler, Euler), (HEUN, Heun)], ids=["euler", "heun"])
 def test_euler_and_heun_on_the_karras_grid(double, make, sampler, prediction, n):
     scheduler = make(prediction_type=prediction, timestep_spacing="linspace", use_karras_sigmas=True)
     scheduler.set_timesteps(n)
@@ -239,9 +231,7 @@ def test_euler_and_heun_on_the_karras_grid(double, make, sampler, prediction, n)
 @every_count
 @every_prediction
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize(
-    ("lower_order_final", "euler_at_final"), [(True, False), (False, False), (False, True)]
-)
+@pytest.mark.parametrize(("lower_order_final", "euler_at_final"), [(True, False), (False, False), (False, True)])
 def test_dpm_solver_pp_2m(double, lower_order_final, euler_at_final, spacing, prediction, n):
     scheduler = DPMSolverMultistepScheduler(
         prediction_type=prediction,

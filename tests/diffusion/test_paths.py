@@ -34,9 +34,7 @@ def test_log_snr_falls_and_its_inverse_agrees(path):
 @pytest.mark.parametrize("path", [DDPMLinear(), Cosine()], ids=["ddpm_linear", "cosine"])
 def test_variance_is_preserved(path):
     t = times(path)
-    torch.testing.assert_close(
-        path.alpha(t) ** 2 + path.sigma(t) ** 2, torch.ones_like(t), rtol=0, atol=1e-14
-    )
+    torch.testing.assert_close(path.alpha(t) ** 2 + path.sigma(t) ** 2, torch.ones_like(t), rtol=0, atol=1e-14)
 
 
 def test_ddpm_is_exact_at_its_thousand_points():
@@ -57,9 +55,7 @@ def test_ddpm_spline_agrees_with_scipy():
     spline = CubicSpline(knots.numpy(), path.log_snr(knots).numpy(), bc_type="not-a-knot")
     t = times(path, 12345)
     torch.testing.assert_close(path.log_snr(t), torch.from_numpy(spline(t.numpy())), rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(
-        path.d_log_snr(t), torch.from_numpy(spline(t.numpy(), 1)), rtol=1e-8, atol=1e-8
-    )
+    torch.testing.assert_close(path.d_log_snr(t), torch.from_numpy(spline(t.numpy(), 1)), rtol=1e-8, atol=1e-8)
 
 
 def test_cosine_is_the_published_formula():

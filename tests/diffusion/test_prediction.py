@@ -58,9 +58,7 @@ def test_velocity_is_the_time_derivative():
 
 
 def test_illegal_pairs_are_refused_when_built():
-    with pytest.raises(
-        ValueError, match=r"prediction=epsilon: cannot be read on RectifiedFlow at t=1 .*t_max=0.999"
-    ):
+    with pytest.raises(ValueError, match=r"prediction=epsilon: cannot be read on RectifiedFlow at t=1 .*t_max=0.999"):
         check_legal(RectifiedFlow(), Epsilon())
     check_legal(RectifiedFlow(t_max=0.999), Epsilon())
     check_legal(RectifiedFlow(), Velocity())
@@ -68,13 +66,13 @@ def test_illegal_pairs_are_refused_when_built():
 
 
 def objective(**changes):
-    parts = dict(
-        path=PATHS["cosine"],
-        prediction=Epsilon(),
-        time_sampling=Uniform(),
-        weighting=Unit(),
-        coupling=Independent(),
-    )
+    parts = {
+        "path": PATHS["cosine"],
+        "prediction": Epsilon(),
+        "time_sampling": Uniform(),
+        "weighting": Unit(),
+        "coupling": Independent(),
+    }
     return Objective(**{**parts, **changes})
 
 
@@ -102,9 +100,7 @@ def test_min_snr_is_the_papers_weight_on_epsilon():
     torch.testing.assert_close(MinSNR(gamma=5.0)(path, X0(), t), snr.clamp(max=5))
 
 
-@pytest.mark.parametrize(
-    "sampling", [Uniform(), LogitNormal(mean=0.5, std=0.8)], ids=["uniform", "logit_normal"]
-)
+@pytest.mark.parametrize("sampling", [Uniform(), LogitNormal(mean=0.5, std=0.8)], ids=["uniform", "logit_normal"])
 def test_stratified_times_fill_every_slice_of_the_global_batch(sampling):
     path = RectifiedFlow()
     halves = [NoiseSource(seed=1, index=torch.arange(64)[part::2], total=64) for part in (0, 1)]

@@ -100,9 +100,7 @@ def test_samples_of_a_gaussian_have_its_mean_and_covariance(path, prediction, sa
 
     x = torch.zeros(rows, 1, 1, 2, dtype=torch.float64)
     x[1] = 1
-    result = sampler.integrate(
-        denoiser, x, points, Condition(), Impulse(seed=0, index=torch.arange(rows))
-    ).flatten(1)
+    result = sampler.integrate(denoiser, x, points, Condition(), Impulse(seed=0, index=torch.arange(rows))).flatten(1)
     c, gains = result[0], result[1:] - result[0]
     start = points[0]
     mean = c + gains[0] * start.alpha * GAUSSIAN.means[0]
@@ -113,9 +111,7 @@ def test_samples_of_a_gaussian_have_its_mean_and_covariance(path, prediction, sa
     torch.testing.assert_close(variance.sqrt(), torch.full((2,), 0.5, dtype=torch.float64), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize(
-    "sampler", [DDIM(grid=GRID, steps=60), Heun(grid=GRID, steps=30), DDPM(grid=GRID, steps=60)]
-)
+@pytest.mark.parametrize("sampler", [DDIM(grid=GRID, steps=60), Heun(grid=GRID, steps=30), DDPM(grid=GRID, steps=60)])
 def test_drawn_samples_have_the_moments_of_a_mixture(sampler):
     path = RectifiedFlow()
     n = 4000

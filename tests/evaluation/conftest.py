@@ -26,9 +26,7 @@ class Images:
 class Data:
     """A data set as evaluation sees it, over tensors."""
 
-    def __init__(
-        self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int = 10
-    ) -> None:
+    def __init__(self, train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], num_classes: int = 10) -> None:
         self.num_classes = num_classes
         self.sets = {"train": Images(*train), "test": Images(*test)}
 

@@ -55,9 +55,7 @@ def test_frechet_distance_of_gaussians_with_unlike_axes():
     root_trace = math.sqrt(product.trace() + 2 * math.sqrt(product.det()))  # of a 2x2 matrix's square root
     expected = (a.trace() + b.trace() - 2 * root_trace).item()
     zero = torch.zeros(2, dtype=torch.float64)
-    assert distance(exact_gaussian(zero, a), exact_gaussian(zero, b, seed=1)) == pytest.approx(
-        expected, rel=1e-6
-    )
+    assert distance(exact_gaussian(zero, a), exact_gaussian(zero, b, seed=1)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_frechet_distance_of_equal_sets_is_zero():

@@ -114,9 +114,7 @@ def test_a_file_that_runs_code_is_refused(tmp_path):
     (tmp_path / "broken.pth").write_bytes(b"x")
     for name in ("evil.pth", "broken.pth"):
         with pytest.raises(ValueError, match="state dict of plain tensors"):
-            InceptionExtractor(weights=str(tmp_path / name), allow_other_weights=True).check(
-                channels=3, resolution=32
-            )
+            InceptionExtractor(weights=str(tmp_path / name), allow_other_weights=True).check(channels=3, resolution=32)
 
 
 def test_inception_features_are_those_of_torch_fidelity_and_grey_counts_as_rgb(inception_file):

@@ -140,13 +140,9 @@ def test_accuracy_is_about_what_was_asked(digits):
 
 def test_unconditional_samples_have_a_floor_and_no_accuracy(digits, make_data):
     none = [torch.full_like(s.labels, -1) for s in digits.sets.values()]
-    unlabelled = make_data(
-        (digits.train_set().images, none[0]), (digits.test_set().images, none[1]), num_classes=0
-    )
+    unlabelled = make_data((digits.train_set().images, none[0]), (digits.test_set().images, none[1]), num_classes=0)
     images = digits.test_set().images[:100]
-    found = by_name(
-        Metrics(extractor=DigitsExtractor(), counts=[100]).measure(images, none[1][:100], unlabelled, {})
-    )
+    found = by_name(Metrics(extractor=DigitsExtractor(), counts=[100]).measure(images, none[1][:100], unlabelled, {}))
     assert "accuracy" not in found
     assert all(n.floor is not None and n.protocol["class_balance"] == "unconditional" for n in found.values())
 

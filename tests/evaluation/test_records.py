@@ -19,9 +19,7 @@ def test_a_number_survives_json():
     assert Number.from_dict(json.loads(json.dumps(number.to_dict()))) == number
 
 
-@pytest.mark.parametrize(
-    "change", [{"name": "x"}, {"name": "x", "value": 1.0, "floor": None, "protocol": {}, "y": 1}]
-)
+@pytest.mark.parametrize("change", [{"name": "x"}, {"name": "x", "value": 1.0, "floor": None, "protocol": {}, "y": 1}])
 def test_a_record_with_other_keys_is_refused(change):
     with pytest.raises(ValueError, match="must have the keys name, value, floor, protocol"):
         Number.from_dict(change)

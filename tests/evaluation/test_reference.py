@@ -80,9 +80,7 @@ def test_a_damaged_file_is_computed_again_with_a_warning(small, reference_cache,
         save_file({"x": torch.zeros(1)}, path)
     else:
         flipped = content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
-        path.write_bytes(
-            {"truncated": content[: len(content) // 2], "empty": b"", "flipped": flipped}[damage]
-        )
+        path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "flipped": flipped}[damage])
     with caplog.at_level(logging.WARNING):
         assert same(reference(small, "train", extractor), first)
     assert extractor.calls == 2

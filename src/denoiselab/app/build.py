@@ -106,9 +106,7 @@ def make_parts(config: dict[str, Any]) -> Parts:
     if getattr(guided, "needs_null", False):
         scale = config["guidance"]["scale"]
         if parts.data.num_classes == 0:
-            raise ConfigError(
-                f"guidance.scale={scale}: the data has no class labels to guide by; use guidance=none"
-            )
+            raise ConfigError(f"guidance.scale={scale}: the data has no class labels to guide by; use guidance=none")
         if parts.objective.label_dropout == 0:
             raise ConfigError(
                 f"guidance.scale={scale}: needs a network trained without labels at times; set "
@@ -247,9 +245,7 @@ def fit(state: dict[str, Tensor], network: nn.Module) -> str:
     misfits = [f"{key} is missing" for key in wanted if key not in given]
     misfits += [f"{key} is unknown" for key in given if key not in wanted]
     misfits += [
-        f"{key} is {given[key]}, not {wanted[key]}"
-        for key in wanted
-        if key in given and given[key] != wanted[key]
+        f"{key} is {given[key]}, not {wanted[key]}" for key in wanted if key in given and given[key] != wanted[key]
     ]
     return ", ".join(misfits[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
 

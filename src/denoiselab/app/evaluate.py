@@ -21,9 +21,7 @@ from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import write_json
 from denoiselab.training.trainer import free_cores
 
-EVALUATE_KEYS = {k: v for k, v in SAMPLE_KEYS.items() if k not in ("num_samples", "class")} | {
-    "images": str | None
-}
+EVALUATE_KEYS = {k: v for k, v in SAMPLE_KEYS.items() if k not in ("num_samples", "class")} | {"images": str | None}
 
 
 def evaluate(options: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
@@ -60,17 +58,13 @@ def _check(metrics: Metrics, data: ImageDataModule) -> None:
 def _measure_images(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number]]:
     for group in ("datamodule", "metrics"):
         if options[group] is None:
-            raise ConfigError(
-                f"{group}=null: images are compared with data; name one, for example {group}=digits"
-            )
+            raise ConfigError(f"{group}=null: images are compared with data; name one, for example {group}=digits")
     data, metrics = make(options, "datamodule"), make(options, "metrics")
     _check(metrics, data)
     try:
         images, labels = read_images(Path(options["images"]), data.channels)
         if tuple(images.shape[2:]) != data.size:
-            raise ValueError(
-                f"images={options['images']}: are {tuple(images.shape[2:])}, the data is {data.size}"
-            )
+            raise ValueError(f"images={options['images']}: are {tuple(images.shape[2:])}, the data is {data.size}")
         numbers = metrics.measure(images, labels, data, {"images": options["images"]})
     except ValueError as error:
         raise ConfigError(str(error)) from error

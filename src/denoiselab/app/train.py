@@ -64,10 +64,7 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
         write_json(folder / VERSIONS, versions())
         return str(folder)
 
-    if launched_from_outside():
-        folder = agree(start_folder)
-    else:
-        folder = start_folder()
+    folder = agree(start_folder) if launched_from_outside() else start_folder()
     launch(train_rank, (config, folder), training.settings.devices)
 
 
@@ -155,9 +152,7 @@ def _fit(
             seconds = round(time.time() - began, 1)
             summary = summarise(trainer, module, measurement.numbers, run_dir, status, problem, seconds)
             write_json(run_dir / SUMMARY, summary)
-            finish(
-                trainer, summary["metrics"] | {"status": status}, failed=status in ("failed", "interrupted")
-            )
+            finish(trainer, summary["metrics"] | {"status": status}, failed=status in ("failed", "interrupted"))
             facts = {"run": run_dir, "status": status, "steps": trainer.global_step, "seconds": seconds}
             print_results(console, facts | summary["losses"], measurement.numbers)
 

@@ -45,9 +45,7 @@ def position_embedding(dim: int, height: int, width: int) -> Tensor:
     """
     columns = torch.arange(width).repeat(height)  # (height·width,)
     rows = torch.arange(height).repeat_interleave(width)
-    halves = [
-        sinusoidal_embedding(axis, dim // 2, order="sin_cos", frequency_shift=0) for axis in (columns, rows)
-    ]
+    halves = [sinusoidal_embedding(axis, dim // 2, order="sin_cos", frequency_shift=0) for axis in (columns, rows)]
     return torch.cat(halves, dim=1)[None]
 
 
@@ -145,9 +143,7 @@ class DiT(nn.Module):
         if patch_size < 1 or height % patch_size or width % patch_size:
             raise ValueError(f"patch_size={patch_size}: must divide the resolution {height}x{width}")
         if hidden_size < 1 or hidden_size % num_heads or hidden_size % 4:
-            raise ValueError(
-                f"hidden_size={hidden_size}: must be a multiple of num_heads={num_heads} and of 4"
-            )
+            raise ValueError(f"hidden_size={hidden_size}: must be a multiple of num_heads={num_heads} and of 4")
 
         self.grid = (height // patch_size, width // patch_size)
         self.patch_size = patch_size
@@ -159,9 +155,7 @@ class DiT(nn.Module):
             nn.SiLU(),
             initialized(nn.Linear(hidden_size, hidden_size), normal_),
         )
-        self.label_embedding = (
-            LabelEmbedding(num_classes=num_classes, dim=hidden_size) if num_classes else None
-        )
+        self.label_embedding = LabelEmbedding(num_classes=num_classes, dim=hidden_size) if num_classes else None
         if self.label_embedding is not None:
             normal_(self.label_embedding.weight)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))

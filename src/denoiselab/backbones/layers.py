@@ -62,9 +62,7 @@ class LabelEmbedding(nn.Embedding):
         """
         label = condition.label
         if label is None:
-            raise ValueError(
-                f"label=None: must be given to a network of {self.num_classes} classes (-1 = null)"
-            )
+            raise ValueError(f"label=None: must be given to a network of {self.num_classes} classes (-1 = null)")
         return super().forward(torch.where(label == NULL_LABEL, self.num_classes, label))
 
 

@@ -99,9 +99,7 @@ class Upsample(nn.Module):
 class DownLevel(nn.Module):
     """The blocks of one resolution on the way down."""
 
-    def __init__(
-        self, blocks: list[nn.Module], attentions: list[nn.Module], downsample: nn.Module | None
-    ) -> None:
+    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.attentions = nn.ModuleList(attentions)
@@ -121,9 +119,7 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """The blocks of one resolution on the way up."""
 
-    def __init__(
-        self, blocks: list[nn.Module], attentions: list[nn.Module], upsample: nn.Module | None
-    ) -> None:
+    def __init__(self, blocks: list[nn.Module], attentions: list[nn.Module], upsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.attentions = nn.ModuleList(attentions)
@@ -202,9 +198,7 @@ class UNet(nn.Module):
         height_and_width = height_width(resolution)
         factor = 2 ** (len(multipliers) - 1)
         if any(side % factor for side in height_and_width):
-            raise ValueError(
-                f"resolution={resolution}: must be divisible by {factor} for {len(multipliers)} levels"
-            )
+            raise ValueError(f"resolution={resolution}: must be divisible by {factor} for {len(multipliers)} levels")
         sides = [max(height_and_width) >> level for level in range(len(multipliers))]
         if not set(attention_resolutions) <= set(sides):
             raise ValueError(
@@ -228,9 +222,7 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(
             nn.Linear(width, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
         )
-        self.label_embedding = (
-            LabelEmbedding(num_classes=num_classes, dim=embedding_dim) if num_classes else None
-        )
+        self.label_embedding = LabelEmbedding(num_classes=num_classes, dim=embedding_dim) if num_classes else None
         self.conv_in = nn.Conv2d(channels, width, 3, padding=1)
 
         last = len(widths) - 1

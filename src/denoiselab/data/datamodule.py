@@ -184,6 +184,4 @@ class ImageDataModule(lightning.LightningDataModule):
         if self.size != size:
             raise ValueError(f"resolution={self.resolution}: {what} are {size[0]}x{size[1]}")
         if self.num_classes not in (0, num_classes):
-            raise ValueError(
-                f"num_classes={self.num_classes}: {what} have {num_classes} (0 trains without labels)"
-            )
+            raise ValueError(f"num_classes={self.num_classes}: {what} have {num_classes} (0 trains without labels)")

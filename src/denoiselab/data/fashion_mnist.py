@@ -143,10 +143,6 @@ def _read(folder: Path, name: str, reader: Callable[[str], Tensor]) -> Tensor:
             shutil.copyfileobj(packed, plain)
             plain.flush()
             return reader(plain.name)
-    except (
-        Exception
-    ) as error:  # torchvision asserts, gzip and torch have errors of their own: all mean a broken file
+    except Exception as error:  # torchvision asserts, gzip and torch have errors of their own: all mean a broken file
         reason = " ".join(str(error).split())
-        raise ValueError(
-            f"root={folder}: cannot read {path.name} ({reason or type(error).__name__})"
-        ) from error
+        raise ValueError(f"root={folder}: cannot read {path.name} ({reason or type(error).__name__})") from error

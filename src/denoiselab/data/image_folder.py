@@ -284,14 +284,10 @@ class ImageFolder(ImageDataModule):
                 "test": [f for f in files if f.name in chosen],
             }
         if self._classes("test_root", self.test_root) != classes:
-            raise ValueError(
-                f"test_root={self.test_root}: must have the same class folders as root={self.root}"
-            )
+            raise ValueError(f"test_root={self.test_root}: must have the same class folders as root={self.root}")
         one, other = Path(self.root).resolve(), Path(self.test_root).resolve()
         if one.is_relative_to(other) or other.is_relative_to(one):
-            raise ValueError(
-                f"test_root={self.test_root}: must lie outside of root={self.root} and not around it"
-            )
+            raise ValueError(f"test_root={self.test_root}: must lie outside of root={self.root} and not around it")
         return {"train": files, "test": self._list("test_root", self.test_root, classes)}
 
     def _classes(self, key: str, folder: str) -> list[str]:

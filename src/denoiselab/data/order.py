@@ -49,8 +49,7 @@ def micro_batch_size(batch_size: int, world_size: int, accumulate: int) -> int:
     size, left = divmod(batch_size, world_size * accumulate)
     if left:
         raise ValueError(
-            f"batch_size={batch_size}: must be divisible by {world_size} ranks x {accumulate} "
-            "accumulated micro-batches"
+            f"batch_size={batch_size}: must be divisible by {world_size} ranks x {accumulate} accumulated micro-batches"
         )
     return size
 

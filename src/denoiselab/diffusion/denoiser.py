@@ -74,13 +74,9 @@ class NetworkDenoiser:
         return 1
 
 
-def ask(
-    network: Network, path: Path, prediction: Prediction, x: Images, t: Time, condition: Condition
-) -> Images:
+def ask(network: Network, path: Path, prediction: Prediction, x: Images, t: Time, condition: Condition) -> Images:
     """The network's output F at x_t, with its input scaled and its time embedded as the prediction says."""
     c_in = per_sample(prediction.c_in(path, t), x)
     # float32 at least: bfloat16 cannot tell 999 from 1000.
-    c_noise = prediction.c_noise(path, t).to(
-        device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)
-    )
+    c_noise = prediction.c_noise(path, t).to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
     return network(c_in * x, c_noise.expand(len(x)), condition).to(x.dtype)

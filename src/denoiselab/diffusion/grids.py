@@ -14,7 +14,7 @@ class Grid(ABC):
 
     @abstractmethod
     def __call__(self, path: Path, n: int) -> Time:
-        """n ≥ 1 decreasing times in [t_min, t_max], the first one t_max, float64 of shape (n,)."""
+        """N ≥ 1 decreasing times in [t_min, t_max], the first one t_max, float64 of shape (n,)."""
 
 
 class Uniform(Grid):
@@ -28,8 +28,7 @@ class Uniform(Grid):
         """
         if path.t_max / n < path.t_min * (1 - 1e-9):
             raise ValueError(
-                f"steps={n}: at most {int(path.t_max / path.t_min + 1e-9)} uniform steps fit above "
-                f"t_min={path.t_min}"
+                f"steps={n}: at most {int(path.t_max / path.t_min + 1e-9)} uniform steps fit above t_min={path.t_min}"
             )
         return path.t_max * (1 - torch.arange(n, dtype=torch.float64) / n)
 

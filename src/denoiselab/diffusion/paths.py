@@ -270,5 +270,5 @@ class RectifiedFlow(Path):
         return torch.ones_like(t)
 
     def t_of_log_snr(self, log_snr: Time) -> Time:
-        """t = sigmoid(−λ/2)."""
+        """T = sigmoid(−λ/2)."""
         return torch.sigmoid(-log_snr / 2)

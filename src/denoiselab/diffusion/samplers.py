@@ -19,6 +19,7 @@ import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -107,9 +108,8 @@ class Sampler(ABC):
             history.append((p, predict(x, p)))
             if q.sigma == 0:
                 return history[-1][1].x0
-            x = self.step(
-                x, q, history, predict, lambda i=i: noise.at(i).normal("sampler", x.shape[1:], x.dtype)
-            )
+            normal = partial(noise.at(i).normal, "sampler", x.shape[1:], x.dtype)
+            x = self.step(x, q, history, predict, normal)
         return x
 
     def points(self, path: Path, steps: int) -> list[Point]:
@@ -151,9 +151,7 @@ class Sampler(ABC):
         self.integrate(counter, nothing, points, Condition(), _Silence())
         return counter.count
 
-    def sample(
-        self, denoiser: Denoiser, shape: Sequence[int], condition: Condition, noise: NoiseSource
-    ) -> Images:
+    def sample(self, denoiser: Denoiser, shape: Sequence[int], condition: Condition, noise: NoiseSource) -> Images:
         """One sample x0 for each index of `noise`.
 
         Args:
@@ -188,9 +186,7 @@ class DDIM(Sampler):
     Source: Song, Meng & Ermon 2021, eq. 12 and 16; for α² + σ² ≠ 1 the variance is η² times the ancestral one.
     """
 
-    def __init__(
-        self, *, grid: Grid, eta: float = 0.0, nfe: int | None = None, steps: int | None = None
-    ) -> None:
+    def __init__(self, *, grid: Grid, eta: float = 0.0, nfe: int | None = None, steps: int | None = None) -> None:
         super().__init__(grid=grid, nfe=nfe, steps=steps)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta}: must be in [0, 1]")
@@ -295,9 +291,7 @@ class DPMSolverPP2M(Sampler):
         if len(history) > 1:
             before, (x0_before, _) = history[-2]
             h, h_before = q.half_log_snr - p.half_log_snr, p.half_log_snr - before.half_log_snr
-            x0 = x0 + h / (2 * h_before) * (
-                x0 - x0_before
-            )  # h_before is infinite after pure noise: no correction
+            x0 = x0 + h / (2 * h_before) * (x0 - x0_before)  # h_before is infinite after pure noise: no correction
         ratio = q.sigma / p.sigma
         return ratio * x + (q.alpha - ratio * p.alpha) * x0
 

@@ -110,9 +110,7 @@ class Extractor(ABC):
             ValueError: if the images are not uint8 of shape (N, C, H, W).
         """
         if images.dtype != torch.uint8 or images.ndim != 4 or not len(images):
-            raise ValueError(
-                f"images={images.dtype} of shape {tuple(images.shape)}: must be uint8, (N, C, H, W)"
-            )
+            raise ValueError(f"images={images.dtype} of shape {tuple(images.shape)}: must be uint8, (N, C, H, W)")
         with torch.autocast(self._device.type, enabled=False):
             batches = [self._network(batch.to(self._device)) for batch in images.split(batch_size)]
         found = [torch.cat([part.float().cpu() for part in parts]) for parts in zip(*batches, strict=True)]
@@ -143,9 +141,7 @@ class DigitsExtractor(Extractor):
         if height_width(resolution) != (8, 8):
             raise ValueError(f"resolution={resolution}: the digits extractor takes 8")
         if not self.weights.is_file():
-            raise ValueError(
-                f"weights={self.weights}: no such file; null takes the one that comes with denoiselab"
-            )
+            raise ValueError(f"weights={self.weights}: no such file; null takes the one that comes with denoiselab")
 
     def _build(self) -> nn.Module:
         from denoiselab.evaluation.digits_classifier import NAME, DigitsFeatureExtractor

@@ -98,9 +98,7 @@ def draw(
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     labels = balanced_labels(count, num_classes)
     mine = range(rank, count, ranks)
-    images = torch.zeros(
-        -(-count // ranks), *codec.decode(torch.zeros(1, *shape)).shape[1:], dtype=torch.uint8
-    )
+    images = torch.zeros(-(-count // ranks), *codec.decode(torch.zeros(1, *shape)).shape[1:], dtype=torch.uint8)
     if mine:
         images[: len(mine)] = generate(
             denoiser,

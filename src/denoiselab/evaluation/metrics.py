@@ -89,9 +89,7 @@ class Metrics:
         self.extractor.check(channels=channels, resolution=resolution)
         known = self.extractor.num_classes
         if known is not None and num_classes not in (0, known):
-            raise ValueError(
-                f"num_classes={num_classes}: the {self.extractor.name} extractor knows {known} classes"
-            )
+            raise ValueError(f"num_classes={num_classes}: the {self.extractor.name} extractor knows {known} classes")
 
     def measure(self, images: Tensor, labels: Tensor, data: Data, protocol: dict[str, Any]) -> list[Number]:
         """The numbers of a set of samples; count n is measured on the first n of them.
@@ -125,16 +123,12 @@ class Metrics:
             numbers += [Number(name, value, floors.get(name), record) for name, value in values.items()]
         return numbers
 
-    def _values(
-        self, found: Features, labels: Tensor, train: Reference, count: int | None = None
-    ) -> dict[str, float]:
+    def _values(self, found: Features, labels: Tensor, train: Reference, count: int | None = None) -> dict[str, float]:
         """Every number of one set of images; `count` is what it is named after, its size unless given."""
         assert self.extractor is not None
         count = len(labels) if count is None else count
         n = count_name(count)
-        values = {
-            f"{self.extractor.prefix}_{n}": frechet_distance(statistics(found.features), train.statistics)
-        }
+        values = {f"{self.extractor.prefix}_{n}": frechet_distance(statistics(found.features), train.statistics)}
         if self.recall:
             values[f"precision_{n}"], values[f"recall_{n}"] = precision_recall(found.features, train.features)
         if count == self.num_samples:
@@ -163,11 +157,7 @@ class Metrics:
             return self._values(_take(found, chosen), test.labels[chosen], train)
         values = self._values(found, test.labels, train, count=len(asked))
         n = count_name(len(asked))
-        return {
-            name: v
-            for name, v in values.items()
-            if name not in (f"{self.extractor.prefix}_{n}", f"recall_{n}")
-        }
+        return {name: v for name, v in values.items() if name not in (f"{self.extractor.prefix}_{n}", f"recall_{n}")}
 
     def _record(self, asked: Tensor, data: Data) -> dict[str, Any]:
         """The part of the protocol that is known here."""

@@ -73,13 +73,9 @@ def read_images(source: Path, channels: int) -> tuple[UInt8[Tensor, "N C H W"], 
         if len({a.shape for a in arrays_}) > 1:
             raise ValueError(f"images={source}: must all be of one size")
         pixels = np.stack(arrays_).reshape(len(files), *arrays_[0].shape[:2], channels)
-        labels = np.array(
-            [names.index(str(f.parent.relative_to(source))) if f.parent != source else -1 for f in files]
-        )
+        labels = np.array([names.index(str(f.parent.relative_to(source))) if f.parent != source else -1 for f in files])
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != channels:
         raise ValueError(
             f"images={source}: must be uint8 of shape (N, H, W, {channels}), not {pixels.dtype} {pixels.shape}"
         )
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(
-        labels.astype(np.int64)
-    )
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels.astype(np.int64))

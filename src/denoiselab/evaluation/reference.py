@@ -92,9 +92,7 @@ def reference(
         cache: folder; None takes `cache_folder()`.
         batch_size: images per pass of the extractor.
     """
-    path = (
-        cache or cache_folder()
-    ) / f"{cache_key(data.fingerprint(split), extractor.hash, split)}.safetensors"
+    path = (cache or cache_folder()) / f"{cache_key(data.fingerprint(split), extractor.hash, split)}.safetensors"
     if path.exists():
         try:
             return _unpack(_read(path))

@@ -126,9 +126,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint={path}: cannot be read as plain data ({reason[:120]})") from error
     if not isinstance(loaded, dict) or loaded.get("schema") != SCHEMA:
         found = loaded.get("schema") if isinstance(loaded, dict) else None
-        raise ValueError(
-            f"checkpoint={path}: layout {found} is not the layout {SCHEMA} that this version reads"
-        )
+        raise ValueError(f"checkpoint={path}: layout {found} is not the layout {SCHEMA} that this version reads")
     return loaded
 
 
@@ -142,8 +140,6 @@ def network_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, Tenso
     state = {k.removeprefix(prefix): v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     if weights != "raw":
         if weights not in checkpoint["ema"]:
-            raise ValueError(
-                f"weights={weights}: the checkpoint has {', '.join([*checkpoint['ema'], 'raw'])}"
-            )
+            raise ValueError(f"weights={weights}: the checkpoint has {', '.join([*checkpoint['ema'], 'raw'])}")
         state.update(checkpoint["ema"][weights])
     return state

@@ -31,9 +31,7 @@ class Measurement(Callback):
         self.numbers: list[Number] = []
         self._measured = 0
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
-    ) -> None:
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
         """Measure when a multiple of `metrics.every` has just been reached."""
         every = self.metrics.every
         if every is not None and trainer.global_step > 0 and trainer.global_step % every == 0:
@@ -67,9 +65,7 @@ class Measurement(Callback):
             return
         if self.metrics.extractor is not None:
             self.metrics.extractor.to(module.device)
-        protocol = sampling_protocol(
-            module.config, weights=module.ema.default, seed=self.metrics.seed, nfe=nfe
-        )
+        protocol = sampling_protocol(module.config, weights=module.ema.default, seed=self.metrics.seed, nfe=nfe)
         self.numbers = self.metrics.measure(images, labels, data, protocol | {"step": trainer.global_step})
         with (Path(trainer.default_root_dir) / "metrics.jsonl").open("a") as file:
             file.writelines(json.dumps(number.to_dict()) + "\n" for number in self.numbers)

@@ -155,9 +155,7 @@ class NoiseLevelValidation(Callback):
         assert isinstance(errors, Tensor)
         x0, eps, count = errors.tolist()
         rows = {
-            f"{level:g}": (a / c, b / c)
-            for level, a, b, c in zip(self.log_snrs, x0, eps, count, strict=True)
-            if c > 0
+            f"{level:g}": (a / c, b / c) for level, a, b, c in zip(self.log_snrs, x0, eps, count, strict=True) if c > 0
         }
         if not rows:
             return

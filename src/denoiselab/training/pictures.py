@@ -16,7 +16,8 @@ from denoiselab.training.module import DiffusionModule
 class SampleGrid(Callback):
     """Draws the same noise with the raw and the averaged weights, every `every` optimizer steps and at the end.
 
-    Writes samples/step_0000400_ema.png and so on (a column per class, at most 20; square without classes), and shows the same pictures in the dashboard.
+    Writes samples/step_0000400_ema.png and so on (a column per class, at most 20; square without
+    classes), and shows the same pictures in the dashboard.
 
     Args:
         every: optimizer steps between grids, at least 1.
@@ -31,9 +32,7 @@ class SampleGrid(Callback):
         self.every, self.rows, self.seed = every, rows, seed
         self._drawn = 0
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
-    ) -> None:
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
         """Draw when a multiple of `every` has just been reached."""
         if trainer.global_step > 0 and trainer.global_step % self.every == 0:
             self._draw(trainer, pl_module)
@@ -57,9 +56,7 @@ class SampleGrid(Callback):
                     denoiser,
                     module.sampler,
                     indices=range(count),
-                    labels=balanced_labels(
-                        count, module.num_classes, range(columns) if module.num_classes else None
-                    ),
+                    labels=balanced_labels(count, module.num_classes, range(columns) if module.num_classes else None),
                     shape=module.shape,
                     codec=module.codec,
                     seed=self.seed,

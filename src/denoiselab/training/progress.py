@@ -46,11 +46,9 @@ class ProgressBar(Callback):
         self._bar.add_task("training", total=trainer.max_steps, completed=trainer.global_step, state="")
         self._bar.start()
 
-    def on_train_batch_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object
-    ) -> None:
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
         """Move the bar."""
-        monitor = next((c for c in trainer.callbacks if isinstance(c, TrainingMonitor)), None)
+        monitor = next((c for c in trainer.callbacks if isinstance(c, TrainingMonitor)), None)  # type: ignore[attr-defined]
         if not trainer.is_global_zero or monitor is None:
             return
         latest = monitor.latest
