@@ -1,0 +1,48 @@
+# Every target is sufficient by itself on a fresh clone: it makes .venv and installs what it needs first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install train sample evaluate test test-slow check format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
+
+install: $(INSTALLED)  ## make .venv and install denoiselab with the tested versions
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "denoiselab needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: $(INSTALLED)  ## train on handwritten digits and print a table; ARGS="objective=v" changes the run
+	$(BIN)/python scripts/train.py $(ARGS)
+
+sample: $(INSTALLED)  ## draw from the newest run; ARGS="num_samples=200 output=samples.npz"
+	$(BIN)/python scripts/sample.py $(ARGS)
+
+evaluate: $(INSTALLED)  ## measure the newest run
+	$(BIN)/python scripts/evaluate.py $(ARGS)
+
+test: check  ## check, then the default tests with coverage
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+test-slow: $(INSTALLED)  ## the longer tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(INSTALLED)  ## formatting, lint, types, import arrows
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:  ## remove caches and the virtual environment; runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage dist
