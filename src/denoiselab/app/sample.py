@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from denoiselab.app.build import check_keys, load_trained
@@ -43,7 +44,7 @@ def sample(options: dict[str, Any], choices: dict[str, str], overrides: list[str
     for key in ("num_samples", "batch_size"):
         if options[key] < 1:
             raise ConfigError(f"{key}={options[key]}: must be at least 1")
-    _set_threads()
+    torch.set_num_threads(free_cores())
     trained = load_trained(options, ("sampler", "guidance"))
     parts, count = trained.parts, options["num_samples"]
     classes = [options["class"]] if isinstance(options["class"], int) else options["class"]
@@ -104,9 +105,3 @@ def _output(options: dict[str, Any], checkpoint: Path) -> Path:
         return output
     run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     return run_dir / "samples" / f"drawn_{options['num_samples']}_seed_{options['seed']}.png"
-
-
-def _set_threads() -> None:
-    import torch
-
-    torch.set_num_threads(free_cores())

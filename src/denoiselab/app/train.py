@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from denoiselab.app.build import make, make_network, make_training
+from denoiselab.app.build import Parts, Training, make, make_network, make_training
 from denoiselab.evaluation.records import Number
 from denoiselab.reports.console import print_results
 from denoiselab.runs.errors import ConfigError
@@ -65,7 +65,11 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
         return str(folder)
 
     folder = agree(start_folder) if launched_from_outside() else start_folder()
-    launch(train_rank, (config, folder), training.settings.devices)
+    threads = training.settings.choose_threads()
+    if training.settings.devices == 1 or launched_from_outside():
+        train_here(config, folder, threads, parts, training)
+    else:
+        launch(train_rank, (config, folder, threads), training.settings.devices)
 
 
 def agree(make_value: Any) -> str:
@@ -79,13 +83,17 @@ def agree(make_value: Any) -> str:
 
 
 @record
-def train_rank(config: dict[str, Any], folder: str) -> None:
+def train_rank(config: dict[str, Any], folder: str, threads: int) -> None:
+    """Train in a process that was started for this; builds its own objects."""
+    train_here(config, folder, threads, *make_training(config))
+
+
+def train_here(config: dict[str, Any], folder: str, threads: int, parts: Parts, training: Training) -> None:
     """Train in this process, which may be one of several."""
+    torch.set_num_threads(threads)
     run_dir = Path(folder)
     console = Console()
     start_logging(run_dir)
-    parts, training = make_training(config)
-    training.settings.set_threads()
     network = make_network(config)
     if training.initial is not None:
         network.load_state_dict(training.initial)
@@ -117,8 +125,8 @@ def train_rank(config: dict[str, Any], folder: str) -> None:
             "run": run_dir,
             "data": f"{len(parts.data.train_set()):,} training and {len(parts.data.test_set()):,} test images",
             "network": f"{type(network).__name__}, {parameters:,} parameters",
-            "training": f"{trainer.max_steps:,} steps of {parts.data.batch_size} images, "
-            f"{trainer.world_size} process{'es' if trainer.world_size > 1 else ''}, {torch.get_num_threads()} threads",
+            "training": f"{trainer.max_steps:,} steps of {parts.data.batch_size} images; "
+            f"processes: {trainer.world_size}, threads each: {threads}",
             "sampling": f"{config['sampler']['_target_'].rpartition('.')[2]}, {nfe} NFE",
         }
         print_results(console, facts, [])
@@ -154,7 +162,8 @@ def _fit(
             write_json(run_dir / SUMMARY, summary)
             finish(trainer, summary["metrics"] | {"status": status}, failed=status in ("failed", "interrupted"))
             facts = {"run": run_dir, "status": status, "steps": trainer.global_step, "seconds": seconds}
-            print_results(console, facts | summary["losses"], measurement.numbers)
+            losses = {key: f"{value:,.4g}" for key, value in summary["losses"].items()}
+            print_results(console, facts | losses, measurement.numbers)
 
 
 def summarise(

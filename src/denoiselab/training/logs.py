@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 
@@ -53,7 +54,7 @@ def wandb_logger(
     name: str,
     project: str = "denoiselab",
     entity: str | None = None,
-    mode: str | None = None,
+    mode: Literal["online", "offline", "disabled"] | None = None,
     tags: list[str] | None = None,
     notes: str | None = None,
 ) -> list[Logger]:
@@ -68,35 +69,31 @@ def wandb_logger(
             environment wins.
         tags: shown in the dashboard.
         notes: shown in the dashboard.
-
-    Raises:
-        ValueError: if the mode is none of these.
     """
-    if mode not in (None, "online", "offline", "disabled"):
-        raise ValueError(f"mode={mode}: must be online, offline, disabled or null")
     import wandb
 
-    mode = os.environ.get("WANDB_MODE") or mode or ("online" if wandb.login(prompt=False) else "offline")
-    settings = wandb.Settings(
-        x_transaction_log_flush_interval=1.0,  # default 15 s: what a killed job logged since would be lost
-        console="off",
-        silent=True,
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        return [WandbLogger(save_dir=run_dir)]  # never asked for a run on other ranks
+    chosen: Any = os.environ.get("WANDB_MODE") or mode or ("online" if wandb.login(prompt=False) else "offline")
+    run = wandb.init(
+        dir=run_dir,
+        id=run_dir.name,
+        name=name,
+        project=project,
+        entity=entity,
+        mode=chosen,
+        tags=tags,
+        notes=notes,
+        job_type="train",
+        settings=wandb.Settings(
+            x_transaction_log_flush_interval=1.0,  # default 15 s: the rows that a killed job would lose
+            console="off",
+            silent=True,
+        ),
     )
-    return [
-        WandbLogger(
-            name=name,
-            save_dir=run_dir,
-            id=run_dir.name,
-            project=project,
-            entity=entity,
-            mode=mode,
-            tags=tags,
-            notes=notes,
-            settings=settings,
-            resume=None,
-            job_type="train",
-        )
-    ]
+    run.define_metric("trainer/global_step")
+    run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+    return [WandbLogger(experiment=run, save_dir=run_dir)]
 
 
 def finish(trainer: lightning.Trainer, summary: dict[str, Any], failed: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -29,7 +30,7 @@ class TrainerSettings:
         accumulate: micro-batches per optimizer step and process, at least 1.
         gradient_clip: largest global gradient norm; None does not clip.
         val_every: optimizer steps between validations, at least 1.
-        threads: CPU threads per process; None shares the cores that are free to this job among its processes.
+        threads: CPU threads per process; None shares the idle cores among the processes.
 
     Raises:
         ValueError: if a value is out of range, or a GPU is asked for where there is none.
@@ -77,9 +78,9 @@ class TrainerSettings:
         """Processes over all machines."""
         return self.devices * self.num_nodes
 
-    def set_threads(self) -> None:
-        """Give this process its CPU threads."""
-        torch.set_num_threads(self.threads or max(1, free_cores() // self.devices))
+    def choose_threads(self) -> int:
+        """CPU threads for each process; to be asked before the processes are started, while the cores are still free."""
+        return self.threads or free_cores(self.devices)
 
     def build(self, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]) -> lightning.Trainer:
         """The Trainer of a run."""
@@ -108,15 +109,35 @@ class TrainerSettings:
         )
 
 
-def free_cores(cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """The cores that this job may really use: OMP_NUM_THREADS, else the affinity mask capped by the container's quota."""
+def free_cores(processes: int = 1, cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """CPU threads that each of so many processes can really have, at least 1.
+
+    OMP_NUM_THREADS if it is set; else the cores of the affinity mask that are idle just now, capped by the container's quota
+    and shared out. On cores that others use, one thread too many makes a step many times slower: threads wait spinning.
+    """
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given) > 0:
         return int(given)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores: float
+    try:
+        allowed = os.sched_getaffinity(0)
+        before = _idle(allowed)
+        time.sleep(0.25)
+        after = _idle(allowed)
+        ticks = 0.25 * os.sysconf("SC_CLK_TCK")
+        cores = sum(min(1.0, (after[core] - before[core]) / ticks) for core in allowed)
+    except (AttributeError, OSError, KeyError, ValueError):  # not Linux
+        cores = os.cpu_count() or 1
     try:
         quota, period = cgroup.read_text().split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):
         pass  # no container, or no quota ("max")
-    return max(1, cores)
+    return max(1, round(cores) // processes)
+
+
+def _idle(allowed: set[int]) -> dict[int, int]:
+    """Clock ticks that each core has been idle since the machine started (proc(5), /proc/stat, fourth column)."""
+    lines = (line.split() for line in Path("/proc/stat").read_text().splitlines())
+    numbered = {int(w[0][3:]): int(w[4]) for w in lines if w[0].startswith("cpu") and w[0] != "cpu"}
+    return {core: numbered[core] for core in allowed}

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+
+from denoiselab.training.logs import (
+    csv_logger,
+    finish,
+    log_image,
+    log_metrics,
+    no_logger,
+    tensorboard_logger,
+    wandb_logger,
+)
+
+
+def trainer_with(*loggers, rank=0, step=7):
+    return SimpleNamespace(loggers=list(loggers), is_global_zero=rank == 0, global_step=step)
+
+
+def wandb_arguments(tmp_path, **options):
+    (logger,) = wandb_logger(run_dir=tmp_path / "run-1", name="shown", **options)
+    assert isinstance(logger, WandbLogger)
+    return logger._wandb_init
+
+
+@pytest.mark.parametrize(
+    ("environment", "mode", "logged_in", "expected"),
+    [
+        ("disabled", "online", True, "disabled"),  # the user's environment wins
+        ("offline", None, True, "offline"),
+        (None, "offline", True, "offline"),
+        (None, "disabled", False, "disabled"),
+        (None, None, True, "online"),
+        (None, None, False, "offline"),  # without an account, and without a question
+    ],
+)
+def test_wandb_mode(tmp_path, monkeypatch, environment, mode, logged_in, expected):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    if environment:
+        monkeypatch.setenv("WANDB_MODE", environment)
+    monkeypatch.setattr("wandb.login", lambda prompt: logged_in and not prompt)
+    assert wandb_arguments(tmp_path, mode=mode)["mode"] == expected
+
+
+def test_wandb_run_is_named_after_its_folder_and_written_soon(tmp_path):
+    arguments = wandb_arguments(tmp_path, project="p", entity="e", tags=["a", "b"], notes="n")
+    assert arguments["id"] == "run-1"
+    assert arguments["name"] == "shown"
+    assert (arguments["project"], arguments["entity"], arguments["notes"]) == ("p", "e", "n")
+    assert arguments["tags"] == ["a", "b"]
+    assert arguments["dir"] == tmp_path / "run-1"
+    assert arguments["settings"].x_transaction_log_flush_interval <= 1
+
+
+def test_bad_mode(tmp_path):
+    with pytest.raises(ValueError, match="mode=of: must be online, offline, disabled or null"):
+        wandb_logger(run_dir=tmp_path, name="a", mode="of")
+
+
+def test_metrics_csv_is_complete_after_every_row(tmp_path):
+    logger = csv_logger(tmp_path)
+    log_metrics(trainer_with(logger), {"a": 1.5})
+    assert (tmp_path / "metrics.csv").read_text().split() == ["a,step", "1.5,7"]
+    log_metrics(trainer_with(logger, step=8), {"b": 2.0})  # a new column in the middle of a run
+    assert (tmp_path / "metrics.csv").read_text().split() == ["a,b,step", "1.5,,7", ",2.0,8"]
+
+
+def test_other_ranks_say_nothing(tmp_path):
+    said = SimpleNamespace(log_metrics=lambda *_, **__: pytest.fail("rank 1 spoke"))
+    log_metrics(trainer_with(said, rank=1), {"a": 1.0})
+    log_image(trainer_with(said, rank=1), "samples", Image.new("L", (4, 4)))
+
+
+def test_tensorboard_gets_numbers_and_pictures(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (logger,) = tensorboard_logger(run_dir=tmp_path, name="any")
+    trainer = trainer_with(logger, csv_logger(tmp_path))
+    log_metrics(trainer, {"train/loss": 0.5})
+    log_image(trainer, "samples/raw", Image.new("L", (6, 4)))
+    finish(trainer, {"status": "finished"}, failed=False)
+    logger.experiment.flush()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 0.5)]
+    (picture,) = events.Images("samples/raw")
+    assert (picture.step, picture.width, picture.height) == (7, 6, 4)
+
+
+def test_no_logger_is_none(tmp_path):
+    assert no_logger(run_dir=tmp_path, name="a") == []
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,269 @@
+"""Whole jobs through the command, as a user starts them, and what they leave behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from denoiselab.training.checkpoint import load_checkpoint, newest_checkpoint
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "name=job",
+    "backbone.width=8",
+    "backbone.multipliers=[1]",
+    "backbone.attention_resolutions=[]",
+    "datamodule.batch_size=8",
+    "sampler.nfe=2",
+    "schedule.warmup_steps=2",
+    "trainer.max_steps=4",
+    "trainer.val_every=2",
+    "callbacks.monitor.every=1",
+    "callbacks.pictures.every=2",
+    "callbacks.pictures.rows=1",
+    "callbacks.checkpoints.every=2",
+]
+TWO_RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+TROUBLE = """
+from lightning.pytorch.callbacks import Callback
+
+
+class Trouble(Callback):
+    def __init__(self, *, rank: int) -> None:
+        self.rank = rank
+
+    def on_train_batch_end(self, trainer, module, *rest):
+        if trainer.global_rank == self.rank and trainer.global_step == 2:
+            raise RuntimeError("deliberate trouble")
+"""
+
+
+@dataclass
+class Job:
+    code: int
+    seconds: float
+    output: str
+    folders: list[Path]
+
+    @property
+    def folder(self):
+        (only,) = self.folders
+        return only
+
+    def summary(self):
+        return json.loads((self.folder / "summary.json").read_text())
+
+    def wandb_records(self):
+        """The records of the job's one W&B run."""
+        (run,) = (self.folder / "wandb").glob("offline-run-*")
+        (file,) = run.glob("*.wandb")
+        program = Path(sys.executable).with_name("wandb")
+        command = [program, "leet", "inspect", "--json", file]
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+        records = [json.loads(line) for line in lines]
+        return [(record["type"], record[record["type"]]) for record in records]
+
+    def wandb_exit(self):
+        return [record.get("exit_code", 0) for kind, record in self.wandb_records() if kind == "exit"]
+
+    def losses(self):
+        with (self.folder / "metrics.csv").open() as file:
+            return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+
+
+def run(folder, *overrides, timeout=180):
+    """Train in `folder`, far from the checkout."""
+    (folder / "trouble.py").write_text(TROUBLE)
+    environment = os.environ | {
+        "WANDB_MODE": "offline",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(folder),
+        "COLUMNS": "200",
+        "DENOISELAB_CACHE": str(folder / "cache"),
+    }
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/train.py", *SMALL, *overrides],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    folders = sorted((folder / "runs").iterdir()) if (folder / "runs").is_dir() else []
+    return Job(done.returncode, time.monotonic() - began, done.stdout + done.stderr, folders)
+
+
+def trouble(rank):
+    return ["+callbacks.trouble._target_=trouble.Trouble", f"+callbacks.trouble.rank={rank}", "metrics=none"]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("one"), "metrics.counts=[20]", "metrics.recall=false")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("two"), *TWO_RANKS, "metrics.counts=[21]", "metrics.recall=false")
+
+
+def test_a_job_succeeds_and_says_where_it_went(one_rank):
+    assert one_rank.code == 0, one_rank.output
+    assert one_rank.output.count(str(one_rank.folder)) == 2  # at the start and at the end, never broken over lines
+    summary = one_rank.summary()
+    assert (summary["status"], summary["error"], summary["steps"]) == ("finished", None, 4)
+    assert summary["checkpoint"] == "checkpoints/step_0000004.ckpt"
+    assert set(summary["metrics"]) >= {"fd_digits_20", "accuracy"}
+    held = {path.name for path in one_rank.folder.iterdir()}
+    assert held == {
+        "config.json",
+        "command.json",
+        "versions.json",
+        "summary.json",
+        "metrics.csv",
+        "metrics.jsonl",
+        "train.log",
+        "checkpoints",
+        "samples",
+        "wandb",
+    }
+
+
+def history_of(records):
+    return [row["item"] for kind, row in records if kind == "history"]
+
+
+def test_wandb_has_it_all(one_rank):
+    records = one_rank.wandb_records()
+    stored = {}
+    for kind, record in records:
+        if kind == "config":
+            stored |= record["update"]
+    config = json.loads((one_rank.folder / "config.json").read_text())
+    assert config.keys() <= stored.keys()
+    assert stored["optimizer"]["lr"] == config["optimizer"]["lr"]
+    assert stored["backbone"] == config["backbone"]
+    assert stored["parameters"] > 0
+
+    metrics = [record for kind, record in records if kind == "metric"]
+    assert any(m.get("glob_name") == "*" and m["step_metric"] == "trainer/global_step" for m in metrics)
+
+    history = history_of(records)
+    assert all("trainer/global_step" in row for row in history)
+
+    def steps_with(key):
+        return [row["trainer/global_step"] for row in history if key in row]
+
+    for key in ("train/loss", "train/grad_norm", "train/images_per_second", "train/lr"):
+        assert steps_with(key) == [1, 2, 3, 4]
+    for key in ("val/x0_mse/log_snr_0", "val/epsilon_mse/log_snr_-4", "val/x0_mse", "val/epsilon_mse"):
+        assert steps_with(key) == [2, 4]
+    assert any(key.startswith("train/loss_by_log_snr/") for row in history for key in row)
+    for weights in ("raw", "ema"):
+        assert steps_with(f"samples/{weights}.filenames") == [2, 4]
+    for key in ("metrics/fd_digits_20", "metrics/fd_digits_20_real", "metrics/accuracy"):
+        assert steps_with(key) == [4]
+    assert one_rank.wandb_exit() == [0]
+    summary = {}
+    for kind, record in records:
+        if kind == "summary":
+            summary |= record["update"]
+    assert summary["status"] == "finished"
+
+
+def test_wandb_has_the_pictures(one_rank):
+    (run_folder,) = (one_rank.folder / "wandb").glob("offline-run-*")
+    for row in history_of(one_rank.wandb_records()):
+        for key, names in row.items():
+            if key.endswith(".filenames"):
+                assert all((run_folder / "files" / name).stat().st_size > 0 for name in names)
+
+
+def test_the_csv_and_wandb_agree(one_rank):
+    history = history_of(one_rank.wandb_records())
+    logged = {row["trainer/global_step"]: row["train/loss"] for row in history if "train/loss" in row}
+    assert one_rank.losses() == pytest.approx(logged)
+
+
+def test_two_ranks_are_one_run(two_ranks):
+    assert two_ranks.code == 0, two_ranks.output
+    history = history_of(two_ranks.wandb_records())  # there is exactly one folder, or this fails
+    assert [row["trainer/global_step"] for row in history if "train/loss" in row] == [1, 2, 3, 4]
+    assert two_ranks.wandb_exit() == [0]
+    assert two_ranks.summary()["status"] == "finished"
+    lines = [line for line in two_ranks.output.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["1/4", "2/4", "3/4", "4/4"]  # one rank speaks
+
+
+def test_two_ranks_train_what_one_does(one_rank, two_ranks):
+    assert two_ranks.losses() == pytest.approx(one_rank.losses(), rel=1e-4)
+    one, two = (load_checkpoint(newest_checkpoint(job.folder)) for job in (one_rank, two_ranks))
+    assert one["state_dict"].keys() == two["state_dict"].keys()  # no DDP prefix
+    for key, value in one["state_dict"].items():
+        # Adam divides by √v: where a gradient is next to nothing, rounding is not
+        assert float((two["state_dict"][key] - value).abs().mean()) < 1e-4
+
+
+def test_two_ranks_validate_and_measure_what_one_does(one_rank, two_ranks):
+    def rows(job, key):
+        return [row[key] for row in history_of(job.wandb_records()) if key in row]
+
+    for key in ("val/x0_mse", "val/epsilon_mse/log_snr_0"):
+        assert rows(two_ranks, key) == pytest.approx(rows(one_rank, key), rel=1e-3)
+    assert "fd_digits_21" in two_ranks.summary()["metrics"]
+
+
+def test_a_failing_job_says_so(tmp_path):
+    job = run(tmp_path, *trouble(0))
+    assert job.code == 1
+    assert "deliberate trouble" in job.output
+    summary = job.summary()
+    assert summary["status"] == "failed"
+    assert summary["error"] == "RuntimeError: deliberate trouble"
+    assert summary["steps"] == 2
+    assert "deliberate trouble" in (job.folder / "train.log").read_text()
+    assert job.wandb_exit() == [1]
+    assert summary["checkpoint"] is not None  # what was saved before stays
+
+
+def test_one_failing_rank_ends_the_whole_job(tmp_path):
+    job = run(tmp_path, *trouble(1), *TWO_RANKS)
+    assert job.code == 1
+    assert job.seconds < 60
+    assert "rank 1 failed" in job.output
+    assert "deliberate trouble" in job.output
+    assert job.summary()["status"] == "failed"
+    assert job.wandb_exit() == [1]
+
+
+@pytest.mark.slow
+def test_rank_0_failing_ends_the_whole_job(tmp_path):
+    job = run(tmp_path, *trouble(0), *TWO_RANKS)
+    assert job.code == 1
+    assert job.seconds < 60
+    assert "rank 0 failed" in job.output
+    assert job.summary()["error"] == "RuntimeError: deliberate trouble"
+    assert job.wandb_exit() == [1]
+
+
+@pytest.mark.slow
+def test_two_ranks_that_accumulate_train_what_one_does(one_rank, tmp_path):
+    job = run(tmp_path, *TWO_RANKS, "trainer.accumulate=2", "metrics=none", "logger=none")
+    assert job.code == 0, job.output
+    assert job.losses() == pytest.approx(one_rank.losses(), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_repeated_job_is_the_same_bit_for_bit(one_rank, tmp_path):
+    job = run(tmp_path, "metrics=none", "logger=none")
+    assert job.losses() == one_rank.losses()
+    assert not (job.folder / "wandb").exists()
