@@ -21,10 +21,19 @@ def trainer_with(*loggers, rank=0, step=7):
     return SimpleNamespace(loggers=list(loggers), is_global_zero=rank == 0, global_step=step)
 
 
-def wandb_arguments(tmp_path, **options):
-    (logger,) = wandb_logger(run_dir=tmp_path / "run-1", name="shown", **options)
-    assert isinstance(logger, WandbLogger)
-    return logger._wandb_init
+@pytest.fixture
+def wandb_runs(monkeypatch):
+    """What wandb.init is called with."""
+    calls = []
+
+    class Run:
+        def define_metric(self, name, **how):
+            calls[-1].setdefault("defined", {})[name] = how
+
+    monkeypatch.setattr("wandb.init", lambda **arguments: calls.append(arguments) or Run())
+    monkeypatch.setattr("wandb.login", lambda prompt: False)
+    monkeypatch.delenv("RANK", raising=False)
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -38,27 +47,32 @@ def wandb_arguments(tmp_path, **options):
         (None, None, False, "offline"),  # without an account, and without a question
     ],
 )
-def test_wandb_mode(tmp_path, monkeypatch, environment, mode, logged_in, expected):
+def test_wandb_mode(tmp_path, monkeypatch, wandb_runs, environment, mode, logged_in, expected):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if environment:
         monkeypatch.setenv("WANDB_MODE", environment)
     monkeypatch.setattr("wandb.login", lambda prompt: logged_in and not prompt)
-    assert wandb_arguments(tmp_path, mode=mode)["mode"] == expected
+    wandb_logger(run_dir=tmp_path, name="a", mode=mode)
+    assert wandb_runs[0]["mode"] == expected
 
 
-def test_wandb_run_is_named_after_its_folder_and_written_soon(tmp_path):
-    arguments = wandb_arguments(tmp_path, project="p", entity="e", tags=["a", "b"], notes="n")
+def test_the_wandb_run_is_named_after_its_folder_and_written_soon(tmp_path, wandb_runs):
+    options = {"project": "p", "entity": "e", "tags": ["a", "b"], "notes": "n"}
+    (logger,) = wandb_logger(run_dir=tmp_path / "run-1", name="shown", **options)
+    assert isinstance(logger, WandbLogger)
+    (arguments,) = wandb_runs
     assert arguments["id"] == "run-1"
     assert arguments["name"] == "shown"
-    assert (arguments["project"], arguments["entity"], arguments["notes"]) == ("p", "e", "n")
-    assert arguments["tags"] == ["a", "b"]
     assert arguments["dir"] == tmp_path / "run-1"
+    assert {key: arguments[key] for key in options} == options
     assert arguments["settings"].x_transaction_log_flush_interval <= 1
+    assert arguments["defined"]["*"]["step_metric"] == "trainer/global_step"
 
 
-def test_bad_mode(tmp_path):
-    with pytest.raises(ValueError, match="mode=of: must be online, offline, disabled or null"):
-        wandb_logger(run_dir=tmp_path, name="a", mode="of")
+def test_other_ranks_start_no_wandb_run(tmp_path, monkeypatch, wandb_runs):
+    monkeypatch.setenv("RANK", "1")
+    wandb_logger(run_dir=tmp_path, name="a")
+    assert wandb_runs == []
 
 
 def test_metrics_csv_is_complete_after_every_row(tmp_path):

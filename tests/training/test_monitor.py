@@ -113,7 +113,10 @@ def test_bad_values():
 @pytest.mark.parametrize(
     ("path", "reached"),
     [
-        (RectifiedFlow(t_min=0.001, t_max=1.0), [-20.0, -8.0, 0.0, 8.0]),  # to pure noise; ln(999²) = 13.8 at the data end
+        (
+            RectifiedFlow(t_min=0.001, t_max=1.0),
+            [-20.0, -8.0, 0.0, 8.0],
+        ),  # to pure noise; ln(999²) = 13.8 at the data end
         (RectifiedFlow(t_min=0.1, t_max=0.9), [0.0]),  # ±4.4
         (DDPMLinear(t_min=0.001, t_max=1.0), [-8.0, 0.0, 8.0]),  # −10.1 to 9.2
         (Cosine(t_min=0.001, t_max=0.999), [-8.0, 0.0, 8.0]),

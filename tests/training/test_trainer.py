@@ -80,7 +80,9 @@ def machine(monkeypatch, tmp_path):
 
     def idle(*shares):
         """What part of the time each core is idle."""
-        readings = iter([[1000] * 8, [1000 + round(25 * share) for share in shares]])  # 25 ticks in a quarter of a second
+        readings = iter(
+            [[1000] * 8, [1000 + round(25 * share) for share in shares]]
+        )  # 25 ticks in a quarter of a second
         monkeypatch.setattr(
             "denoiselab.training.trainer._idle", lambda allowed: dict(zip(sorted(allowed), next(readings), strict=True))
         )

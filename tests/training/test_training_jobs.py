@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +40,7 @@ class Trouble(Callback):
         self.rank = rank
 
     def on_train_batch_end(self, trainer, module, *rest):
-        if trainer.global_rank == self.rank and trainer.global_step == 2:
+        if trainer.global_rank == self.rank and trainer.global_step == 3:
             raise RuntimeError("deliberate trouble")
 """
 
@@ -49,7 +48,6 @@ class Trouble(Callback):
 @dataclass
 class Job:
     code: int
-    seconds: float
     output: str
     folders: list[Path]
 
@@ -79,27 +77,26 @@ class Job:
             return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
 
 
-def run(folder, *overrides, timeout=180):
-    """Train in `folder`, far from the checkout."""
+def run(folder, *overrides):
+    """Train in `folder`, far from the checkout; a job that hangs (on a lost rank: for half an hour) is an error."""
     (folder / "trouble.py").write_text(TROUBLE)
     environment = os.environ | {
         "WANDB_MODE": "offline",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]),
         "COLUMNS": "200",
         "DENOISELAB_CACHE": str(folder / "cache"),
     }
-    began = time.monotonic()
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/train.py", *SMALL, *overrides],
         cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=150,
     )
     folders = sorted((folder / "runs").iterdir()) if (folder / "runs").is_dir() else []
-    return Job(done.returncode, time.monotonic() - began, done.stdout + done.stderr, folders)
+    return Job(done.returncode, done.stdout + done.stderr, folders)
 
 
 def trouble(rank):
@@ -229,16 +226,15 @@ def test_a_failing_job_says_so(tmp_path):
     summary = job.summary()
     assert summary["status"] == "failed"
     assert summary["error"] == "RuntimeError: deliberate trouble"
-    assert summary["steps"] == 2
+    assert summary["steps"] == 3
     assert "deliberate trouble" in (job.folder / "train.log").read_text()
     assert job.wandb_exit() == [1]
-    assert summary["checkpoint"] is not None  # what was saved before stays
+    assert summary["checkpoint"] == "checkpoints/step_0000002.ckpt"  # what was saved before stays
 
 
 def test_one_failing_rank_ends_the_whole_job(tmp_path):
     job = run(tmp_path, *trouble(1), *TWO_RANKS)
     assert job.code == 1
-    assert job.seconds < 60
     assert "rank 1 failed" in job.output
     assert "deliberate trouble" in job.output
     assert job.summary()["status"] == "failed"
@@ -249,7 +245,6 @@ def test_one_failing_rank_ends_the_whole_job(tmp_path):
 def test_rank_0_failing_ends_the_whole_job(tmp_path):
     job = run(tmp_path, *trouble(0), *TWO_RANKS)
     assert job.code == 1
-    assert job.seconds < 60
     assert "rank 0 failed" in job.output
     assert job.summary()["error"] == "RuntimeError: deliberate trouble"
     assert job.wandb_exit() == [1]

@@ -36,6 +36,21 @@ TRAIN_KEYS: dict[str, Any] = {
     "compile": bool,
 }
 
+GROUPS = (
+    "datamodule",
+    "backbone",
+    "objective",
+    "sampler",
+    "guidance",
+    "optimizer",
+    "schedule",
+    "ema",
+    "metrics",
+    "codec",
+    "trainer",
+    "logger",
+)
+
 
 def make(config: dict[str, Any], group: str) -> Any:
     """Build what a group of the config describes.
@@ -61,6 +76,8 @@ def check_keys(config: dict[str, Any], keys: dict[str, Any]) -> None:
         ConfigError: for the first value of another type.
     """
     for key, annotation in keys.items():
+        if key not in config:
+            raise ConfigError(f"{key}: is missing")
         check_value(config[key], annotation, key)
     if "seed" in config and not 0 <= config["seed"] < 2**63:
         raise ConfigError(f"seed={config['seed']}: must be from 0 to 2^63 - 1")
@@ -170,6 +187,9 @@ def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
         ConfigError: for the first mistake, in one line.
     """
     check_keys(config, TRAIN_KEYS)
+    for group in GROUPS:
+        if not isinstance(config.get(group), dict):
+            raise ConfigError(f"{group}={show(config.get(group))}: must be chosen, for example with {group}=...")
     parts = make_parts(config)
     callbacks = {key: make(config["callbacks"], key) for key in config["callbacks"] or {}}
     training = Training(

@@ -16,7 +16,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -42,14 +42,26 @@ def command(config_name: str, task: str) -> None:
     traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines and exits with 1 itself
 
-    def run(config: DictConfig) -> None:
+    jobs: list[tuple[Any, ...] | Exception] = []
+
+    def compose(config: DictConfig) -> None:
+        """Keep the job for later: Hydra would add lines of its own to any error raised in here."""
         context = HydraConfig.get()
         choices = {str(group): str(choice) for group, choice in context.runtime.choices.items()}
-        plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        get_method(task.replace(":", "."))(plain, choices, list(context.overrides.task))
+        try:
+            plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+            jobs.append((plain, choices, list(context.overrides.task)))
+        except OmegaConfBaseException as error:
+            jobs.append(error)
 
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(run)()
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(compose)()
+        for job in jobs:  # several with --multirun
+            if isinstance(job, Exception):
+                raise job
+        for job in jobs:
+            assert isinstance(job, tuple)
+            get_method(task.replace(":", "."))(*job)
         return
     except (HydraException, OmegaConfBaseException) as error:
         message, code = f"config error: {composition_message(error, sys.argv[1:])}", 2
@@ -73,6 +85,8 @@ def composition_message(error: Exception, arguments: list[str]) -> str:
     chain: list[Any] = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: must have the form key=value"
     options, missing = getattr(error, "options", None), getattr(error, "missing_cfg_file", None)
     if options and missing:
         group, _, choice = str(missing).rpartition("/")

@@ -109,7 +109,6 @@ def check_legal(path: Path, prediction: Prediction, bound: float = 1e5) -> None:
     if not bool((gain <= bound).all()):
         at = float(t[(~(gain <= bound)).nonzero()[0]])
         raise ValueError(
-            f"prediction={prediction.name}: cannot be read on {type(path).__name__} at t={at:g} (error gain "
-            f"{float(gain.nan_to_num(nan=torch.inf).max()):.3g} > {bound:g}); choose another prediction or narrow the "
-            "path, for example objective.path.t_max=0.999"
+            f"prediction={prediction.name}: x0 and noise cannot be read from it on {type(path).__name__} at t={at:g}; "
+            "choose another prediction or narrow the path, for example objective.path.t_max=0.999"
         )
