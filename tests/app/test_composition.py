@@ -34,7 +34,7 @@ def choices_of(group):
     return [choice for g, choice in all_choices() if g == group]
 
 
-def shrunk(config, side=None):
+def shrunk(config):
     """The config with its backbone cut down to a few thousand weights."""
     backbone = config["backbone"] | {key: value for key, value in SMALL.items() if key in config["backbone"]}
     return config | {"backbone": backbone}
@@ -92,10 +92,12 @@ def runs(config, run_dir):
 
 @pytest.mark.parametrize(
     ("backbone", "objective", "sampler"),
-    itertools.product(
-        ("unet", "dit"),
-        ("epsilon", "x0", "v", "rectified_flow"),
-        ("ddpm", "ddim", "euler", "heun", "dpmpp_2m"),
+    list(
+        itertools.product(
+            ("unet", "dit"),
+            ("epsilon", "x0", "v", "rectified_flow"),
+            ("ddpm", "ddim", "euler", "heun", "dpmpp_2m"),
+        )
     ),
 )
 def test_all_forty_compose_train_a_step_and_sample(backbone, objective, sampler, tmp_path):

@@ -83,10 +83,15 @@ def test_the_weights_come_back_after_an_exception():
     ema.start(network)
     moved(network, 1.0)
     raw, storage = network.weight.detach().clone(), network.weight.data_ptr()
-    with pytest.raises(RuntimeError, match="midway"), ema.applied(network, "ema"):
-        assert torch.equal(network.weight, ema.averages["ema"]["weight"])
-        assert not torch.equal(network.weight, raw)
-        raise RuntimeError("midway")
+
+    def fail_midway():
+        with ema.applied(network, "ema"):
+            assert torch.equal(network.weight, ema.averages["ema"]["weight"])
+            assert not torch.equal(network.weight, raw)
+            raise RuntimeError("midway")
+
+    with pytest.raises(RuntimeError, match="midway"):
+        fail_midway()
     assert torch.equal(network.weight, raw)
     assert network.weight.data_ptr() == storage  # the optimizer's state belongs to this very tensor
     ema.update(network)  # not refused: nothing is applied any more

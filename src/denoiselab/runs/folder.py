@@ -1,0 +1,113 @@
+"""Run folders: one per training job, made atomically, holding all that is needed to know what ran."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+CONFIG, COMMAND, VERSIONS, SUMMARY = "config.json", "command.json", "versions.json", "summary.json"
+PACKAGES = (
+    "denoiselab",
+    "torch",
+    "torchvision",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "wandb",
+    "torchmetrics",
+    "torch-fidelity",
+    "numpy",
+)
+
+
+def make_run_folder(root: Path, name: str, now: datetime | None = None) -> Path:
+    """Make a folder of its own for a run: <root>/<date>_<time>_<name>, with -2, -3 … if that is taken.
+
+    `mkdir` decides between two launches in the same second, so they never share one.
+
+    Raises:
+        ValueError: if the name cannot be part of a folder's name, or the root is not writable.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,=+-]{0,99}", name):
+        raise ValueError(f"name={name}: must be 1 to 100 letters, digits or _.,=+- and begin with a letter or digit")
+    stem = f"{(now or datetime.now()):%Y-%m-%d_%H-%M-%S}_{name}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            folder = root / (stem if number == 1 else f"{stem}-{number}")
+            try:
+                folder.mkdir()
+                return folder.resolve()
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise ValueError(f"runs={root}: cannot make a folder there ({error.strerror})") from error
+
+
+def newest_run(root: Path) -> Path:
+    """The run that was started last (folder names begin with the time).
+
+    Raises:
+        ValueError: if there is none.
+    """
+    runs = sorted(path.parent for path in root.glob(f"*/{CONFIG}"))
+    if not runs:
+        raise ValueError(f"run=null: there is no run in {root}; train one, or give run=<folder>")
+    return runs[-1].resolve()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data, complete or not at all."""
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    os.replace(beside, path)
+
+
+def versions() -> dict[str, Any]:
+    """What ran: Python, packages, machine and the state of the source tree."""
+    installed = {}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            installed[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "packages": installed,
+        "git": git_state(Path(__file__).parent),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit, branch and changed files of the checkout that holds `folder`; None outside one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        if "site-packages" in folder.parts:
+            return None
+        return {
+            "commit": git("rev-parse", "HEAD"),
+            "branch": git("rev-parse", "--abbrev-ref", "HEAD"),
+            "changed_files": git("status", "--porcelain").splitlines(),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def command_line() -> list[str]:
+    """The command as it was typed, the program by its name alone."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
