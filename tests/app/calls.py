@@ -21,7 +21,11 @@ from denoiselab.app.compose import config_folder
 
 ROOT = Path(__file__).parents[2]
 CONF = config_folder()
-NETWORK = ["backbone.width=8", "optimizer.lr=0.02", "schedule.warmup_steps=0"]  # a rate that pixels show after few steps
+NETWORK = [
+    "backbone.width=8",
+    "optimizer.lr=0.02",
+    "schedule.warmup_steps=0",
+]  # a rate that pixels show after few steps
 SHORT = ["trainer.max_steps=4", "trainer.threads=1", "callbacks.monitor.every=2", "callbacks.pictures.rows=1"]
 QUIET = ["metrics=none", "logger=none"]
 

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 import yaml
-from calls import CONF, NETWORK, QUIET, SHORT, call, composed, only_run
+from calls import CONF, NETWORK, SHORT, call, composed, only_run
 
 from denoiselab.app.build import make_network, make_training
 from denoiselab.condition import Condition
@@ -183,7 +183,9 @@ def test_every_logger_runs_a_whole_job(choice, tmp_path):
 def test_every_experiment(file, datasets, tmp_path):
     overrides = [f"experiment={file.stem}", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.precision=32-true"]
     target = composed(*overrides)["datamodule"]["_target_"]
-    data = next(name for name in choices_of("datamodule") if target == composed(f"datamodule={name}")["datamodule"]["_target_"])
+    data = next(
+        name for name in choices_of("datamodule") if target == composed(f"datamodule={name}")["datamodule"]["_target_"]
+    )
     config = composed(*overrides, *BASE, *datasets[data], "sampler.nfe=4")
     runs(shrunk(config), tmp_path)
 
@@ -199,6 +201,8 @@ def test_shapes_flow_from_the_datamodule(choice):
 def test_files_say_what_they_are_and_never_repeat_a_shape(file):
     text = file.read_text()
     assert re.match(r"(# @package _global_\n)?# \S+ ", text), "the first line says what the choice is"
-    backbone = yaml.safe_load(text) if file.parent.name == "backbone" else (yaml.safe_load(text) or {}).get("backbone", {})
+    backbone = (
+        yaml.safe_load(text) if file.parent.name == "backbone" else (yaml.safe_load(text) or {}).get("backbone", {})
+    )
     for key in ("channels", "resolution", "num_classes"):
         assert str(backbone.get(key, "${datamodule.")).startswith("${datamodule."), key

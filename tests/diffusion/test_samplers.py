@@ -155,7 +155,8 @@ def test_grids_fall_from_t_max_and_stay_on_the_path(grid, path):
     for n in (1, 2, 10, 100):
         t = grid(path, n)
         assert t.shape == (n,)
-        assert t[0] == path.t_max
+        assert math.isclose(t[0], path.t_max, rel_tol=1e-12)
+        assert t[0] <= path.t_max
         assert (t.diff() < 0).all()
         assert t[-1] >= path.t_min
 
@@ -170,11 +171,21 @@ def test_grid_spacings():
     torch.testing.assert_close(sigma, karras, rtol=1e-9, atol=0)
 
 
+@pytest.mark.parametrize("grid", [LogSNR, Karras])
+def test_noise_levels_are_clamped_to_the_path(grid):
+    for path in (RectifiedFlow(), Cosine(), DDPMLinear()):
+        t = grid(sigma_min=0.02, sigma_max=80.0)(path, 9)
+        levels = path.sigma(t) / path.alpha(t)
+        torch.testing.assert_close(levels[[0, -1]], torch.tensor([80.0, 0.02], dtype=torch.float64), rtol=1e-9, atol=0)
+    wide = grid(sigma_min=1e-9, sigma_max=1e9)(Cosine(), 9)
+    torch.testing.assert_close(wide[[0, -1]], torch.tensor([0.999, 0.001], dtype=torch.float64), rtol=1e-9, atol=0)
+
+
 def test_grids_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match=r"steps=1001: at most 1000 uniform steps fit above t_min=0.001"):
         Uniform()(DDPMLinear(), 1001)
     for grid in (LogSNR(), Karras()):
-        with pytest.raises(ValueError, match=r"needs a finite noise level at t_max=1.0; narrow the path"):
+        with pytest.raises(ValueError, match=r"needs a largest noise level .*set sampler.grid.sigma_max=80"):
             grid(RectifiedFlow(), 10)
 
 
@@ -238,6 +249,8 @@ def test_guidance_counts_twice_inside_its_interval():
         (lambda: Euler(grid=GRID, steps=0), "steps=0: must be at least 1"),
         (lambda: DDIM(grid=GRID, steps=3, eta=1.5), r"eta=1.5: must be in \[0, 1\]"),
         (lambda: DDPM(grid=GRID, steps=3, variance="medium"), "variance=medium: must be small or large"),
+        (lambda: Karras(sigma_min=-1.0), "sigma_min=-1.0: must be positive"),
+        (lambda: LogSNR(sigma_min=3.0, sigma_max=2.0), "sigma_min=3.0: must be below sigma_max=2.0"),
         (lambda: Karras(rho=0.5), "rho=0.5: must be at least 1"),
     ],
 )

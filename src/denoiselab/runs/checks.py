@@ -19,9 +19,8 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserErro
 from denoiselab.runs.errors import ConfigError
 
 SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_")
-TRUSTED = tuple(
-    f"denoiselab.{room}" for room in ("backbones", "codecs", "data", "diffusion", "evaluation", "training")
-) + ("torch.optim",)
+ROOMS = ("backbones", "codecs", "data", "diffusion", "evaluation", "training")
+TRUSTED = (*(f"denoiselab.{room}" for room in ROOMS), "torch.optim")
 
 
 def show(value: Any) -> str:
@@ -65,16 +64,22 @@ def check_targets(node: Any, trust: Iterable[str], path: str = "") -> None:
     if isinstance(node, dict):
         if "_target_" in node:
             target = node["_target_"]
-            refused = f"{path}._target_={target}: is not trusted; allowed are {', '.join(allowed)}, and what trust=[...] adds"
+            refused = (
+                f"{path}._target_={target}: is not trusted; allowed are {', '.join(allowed)}, and what trust=[...] adds"
+            )
             if not below(target):
                 raise ConfigError(refused)
             if not below(getattr(locate(target, path), "__module__", None)):
                 raise ConfigError(refused)
         for key, value in node.items():
             check_targets(value, trust, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list):
+    elif isinstance(node, list | tuple):  # a checkpoint may hold tuples, and Hydra builds what is in them
         for i, value in enumerate(node):
             check_targets(value, trust, f"{path}[{i}]")
+    elif isinstance(node, str) and "${" in node:  # Hydra would resolve it, to a node to be built for example
+        raise ConfigError(f"{path}={node}: must be resolved")
+    elif not (node is None or isinstance(node, str | int | float)):
+        raise ConfigError(f"{path}={node}: must be plain data")
 
 
 def check_types(node: Any, path: str = "") -> None:

@@ -59,7 +59,12 @@ def newest_run(root: Path) -> Path:
     Raises:
         ValueError: if there is none.
     """
-    runs = sorted(path.parent for path in root.glob(f"*/{CONFIG}"))
+
+    def order(run: Path) -> tuple[str, int]:
+        number = re.search(r"-(\d+)$", run.name)  # the tenth of a second comes after the ninth
+        return (run.name[: number.start()], int(number[1])) if number else (run.name, 1)
+
+    runs = sorted((path.parent for path in root.glob(f"*/{CONFIG}")), key=order)
     if not runs:
         raise ValueError(f"run=null: there is no run in {root}; train one, or give run=<folder>")
     return runs[-1].resolve()

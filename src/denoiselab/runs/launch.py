@@ -53,4 +53,4 @@ def launch(function: Callable[..., None], arguments: tuple[Any, ...], devices: i
         message = failure.message
         if isinstance(message, dict):
             message = message.get("message", message)
-        raise RankError(f"rank {rank} failed: {str(message).strip().splitlines()[-1]}") from None
+        raise RankError(f"rank {rank} failed: {str(message).strip().partition(chr(10))[0]}") from None

@@ -80,12 +80,12 @@ class EMA:
         Raises:
             ValueError: if there are no such weights.
         """
+        assert not self._raw, "the network already holds an average"
         if name == RAW:
             yield
             return
         if name not in self.averages:
             raise ValueError(f"weights={name}: must be one of {', '.join(self.names)}")
-        assert not self._raw, "the network already holds an average"
         parameters = dict(network.named_parameters())
         self._to(name, next(iter(parameters.values())).device)
         self._raw = {key: p.data for key, p in parameters.items()}

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import lightning
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 
@@ -72,7 +71,7 @@ def wandb_logger(
     """
     import wandb
 
-    if getattr(rank_zero_only, "rank", 0) != 0:
+    if int(os.environ.get("RANK", 0)) != 0:  # Lightning's own idea of the rank is set later, by the strategy
         return [WandbLogger(save_dir=run_dir)]  # never asked for a run on other ranks
     chosen: Any = os.environ.get("WANDB_MODE") or mode or ("online" if wandb.login(prompt=False) else "offline")
     run = wandb.init(

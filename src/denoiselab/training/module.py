@@ -111,6 +111,11 @@ class DiffusionModule(lightning.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip the global norm, and keep what it was before."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
+            scaler.unscale_(
+                optimizer
+            )  # Lightning leaves it to a fused optimizer's step, which is too late for the norm
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
         self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
 

@@ -142,7 +142,7 @@ class NoiseLevelValidation(Callback):
             for level in self.levels(path):
                 k = self.log_snrs.index(level)
                 t = path.t_of_log_snr(torch.tensor(level, dtype=torch.float64)).clamp(path.t_min, path.t_max)
-                eps = NoiseSource(0, batch["index"], k).normal("validation", x0.shape[1:])
+                eps = NoiseSource(0, batch["index"]).normal(f"validation {level:g}", x0.shape[1:])
                 x_t = float(path.alpha(t)) * x0 + float(path.sigma(t)) * eps
                 guess = denoiser(x_t, t, condition)
                 self.errors[0, k] += (guess.x0 - x0).square().flatten(1).mean(1).sum()
