@@ -198,13 +198,11 @@ def test_users_add_their_own_packages():
 
 
 # A checkpoint is no YAML: weights_only=True lets tuples through, and Hydra builds what is inside them.
-@pytest.mark.xfail(strict=True, reason="a tuple hides its nodes from check_targets; Hydra builds them")
 def test_a_tuple_hides_nothing():
     with pytest.raises(ConfigError, match="not trusted"):
         check_targets({"group": ({"_target_": "torch.load", "f": "evil.pt", "weights_only": False},)}, [])
 
 
-@pytest.mark.xfail(strict=True, reason="Hydra resolves interpolations after check_targets has seen only their text")
 @pytest.mark.parametrize(
     "text",
     ["${oc.create:'{_target_: torch.load, f: evil.pt, weights_only: false}'}", "${oc.env:HOME}", "a/${oc.env:HOME}"],

@@ -50,7 +50,6 @@ def test_the_ranks_meet_and_the_parent_waits(tmp_path):
     assert "RANK" not in os.environ
 
 
-@pytest.mark.xfail(strict=True, reason="the last line of the error is shown, not the first")
 def test_a_failing_rank_names_its_cause():
     with pytest.raises(RankError) as caught:
         launch(fail, (1,), 2)

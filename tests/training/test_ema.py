@@ -121,7 +121,6 @@ def test_nested_use_is_refused():
     assert torch.equal(network.weight, raw)
 
 
-@pytest.mark.xfail(strict=True, reason="`raw` inside an average yields the average: applied() returns before its check")
 def test_raw_weights_inside_an_average_are_refused_too():
     network, ema = small_network(), EMA(decays={"ema": 0.5})
     ema.start(network)

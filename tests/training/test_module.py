@@ -167,9 +167,6 @@ def test_bf16_mixed_trains_float32_weights(tmp_path):
     assert seen.samples != exact.samples
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a fused optimizer unscales in step(): what is clipped and logged is 65536 times it"
-)
 def test_16_mixed_with_a_fused_optimizer_clips_the_true_gradient(tmp_path, monkeypatch):
     # Lightning offers 16-mixed on GPUs only, but the plugin itself and its scaler run anywhere.
     build = TrainerSettings.build

@@ -216,7 +216,6 @@ def test_validation_is_of_the_average_and_without_guidance(tmp_path):
     assert row == pytest.approx(expected)
 
 
-@pytest.mark.xfail(strict=True, reason="the noise of a level is keyed by its place in the list")
 def test_adding_a_level_does_not_change_the_others(tmp_path):
     module = tiny_module()
     (few,) = validated(tmp_path, module, TinyData(), NoiseLevelValidation(log_snrs=[0.0, 2.0]))
