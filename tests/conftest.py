@@ -1,9 +1,12 @@
 import os
+import tempfile
+from pathlib import Path
 
 # One thread per process: on shared cores, oversubscribed threads make the same step many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("DENOISELAB_CACHE", str(Path(tempfile.gettempdir()) / "denoiselab-test-cache"))
 
 import pytest
 import torch

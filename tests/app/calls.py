@@ -27,6 +27,7 @@ NETWORK = [
     "schedule.warmup_steps=0",
 ]  # a rate that pixels show after few steps
 SHORT = ["trainer.max_steps=4", "trainer.threads=1", "callbacks.monitor.every=2", "callbacks.pictures.rows=1"]
+RUN = [*NETWORK, *SHORT, "sampler=heun", "sampler/grid=uniform", "sampler.nfe=20", "metrics.counts=[20]"]
 QUIET = ["metrics=none", "logger=none"]
 
 

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from calls import NETWORK, SHORT, only_run, run_script
+from calls import RUN, only_run, run_script
 from PIL import Image
 
 
@@ -23,7 +23,7 @@ def _own_cache(tmp_path_factory):
 def trained(tmp_path_factory):
     """What `python scripts/train.py` printed, and the working folder that it was started in."""
     cwd = tmp_path_factory.mktemp("trained")
-    done = run_script("train", *NETWORK, *SHORT, "metrics.counts=[20]", cwd=cwd, COLUMNS="200")
+    done = run_script("train", *RUN, cwd=cwd, COLUMNS="200")
     assert done.code == 0, done.err
     return done, cwd
 

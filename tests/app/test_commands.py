@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from calls import CONF, NETWORK, QUIET, ROOT, SHORT, call, files_below, only_run
+from calls import CONF, NETWORK, QUIET, ROOT, RUN, SHORT, call, files_below, only_run
 from PIL import Image
 
 from denoiselab.app.build import make_training
@@ -94,9 +94,8 @@ def test_the_config_of_a_run_is_resolved_and_builds_again(tiny_run):
 
 def test_the_command_of_a_run_is_kept(tiny_run):
     command = json.loads((tiny_run / "command.json").read_text())
-    overrides = [*NETWORK, *SHORT, "metrics.counts=[20]"]
-    assert command["overrides"] == overrides
-    assert command["command"] == ["train.py", *overrides]
+    assert command["overrides"] == RUN
+    assert command["command"] == ["train.py", *RUN]
     assert command["choices"] | {"backbone": "unet", "sampler": "heun"} == command["choices"]
 
 
