@@ -58,15 +58,25 @@ def make(config: dict[str, Any], group: str) -> Any:
     Raises:
         ConfigError: if a constructor refuses a value; its message gets the path of the node.
     """
+    return make_node(config[group], group)
+
+
+def make_node(node: dict[str, Any], path: str) -> Any:
+    """Build what a node of the config describes; `path` is where it stands, for messages.
+
+    Raises:
+        ConfigError: if a constructor refuses a value.
+    """
     try:
-        return instantiate(config[group], _convert_="all")
+        return instantiate(node, _convert_="all")
     except InstantiationException as error:
         if not isinstance(error.__cause__, ValueError):
             raise (error.__cause__ or error) from None
         # Hydra names the node that failed, relative to the group, in the last line of its message.
         last = str(error).strip().splitlines()[-1]
         inner = last.removeprefix("full_key: ") if last.startswith("full_key: ") else ""
-        raise ConfigError(f"{group}.{inner + '.' if inner else ''}{error.__cause__}") from error
+        cause = str(error.__cause__).replace("=None", "=null")
+        raise ConfigError(f"{path}.{inner + '.' if inner else ''}{cause}") from error
 
 
 def check_keys(config: dict[str, Any], keys: dict[str, Any]) -> None:
@@ -81,6 +91,9 @@ def check_keys(config: dict[str, Any], keys: dict[str, Any]) -> None:
         check_value(config[key], annotation, key)
     if "seed" in config and not 0 <= config["seed"] < 2**63:
         raise ConfigError(f"seed={config['seed']}: must be from 0 to 2^63 - 1")
+    for key in ("num_samples", "batch_size"):
+        if key in keys and config[key] < 1:
+            raise ConfigError(f"{key}={config[key]}: must be at least 1")
     check_types(config)
 
 
@@ -191,7 +204,8 @@ def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
         if not isinstance(config.get(group), dict):
             raise ConfigError(f"{group}={show(config.get(group))}: must be chosen, for example with {group}=...")
     parts = make_parts(config)
-    callbacks = {key: make(config["callbacks"], key) for key in config["callbacks"] or {}}
+    nodes = {key: node for key, node in (config.get("callbacks") or {}).items() if node is not None}
+    callbacks = {key: make_node(node, f"callbacks.{key}") for key, node in nodes.items()}
     training = Training(
         settings=make(config, "trainer"),
         optimizer=make(config, "optimizer"),
@@ -202,28 +216,47 @@ def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
     )
     network = check_network(config, parts)
     settings = training.settings
-    _refuse("optimizer.", lambda: training.optimizer([nn.Parameter(torch.zeros(1))]))
+    _check_optimizer(config["optimizer"], training.optimizer)
     _refuse("datamodule.", lambda: parts.data.check_batch(settings.world_size, settings.accumulate))
     _refuse("datamodule.", parts.data.check)
-    _refuse(
-        "metrics: ",
-        lambda: parts.metrics.check(
-            channels=parts.data.channels, resolution=parts.data.resolution, num_classes=parts.data.num_classes
-        ),
-        hint="; or measure nothing with metrics=none",
-    )
+    check_metrics(config, parts.metrics, parts.data)
     if config["init_from"] is not None:
         initial = _initial_weights(config["init_from"], config["init_weights"], network)
         training = Training(**{**vars(training), "initial": initial})
     return parts, training
 
 
-def _refuse(prefix: str, check: Any, hint: str = "") -> None:
+def _refuse(prefix: str, check: Any) -> None:
     try:
         check()
     except ValueError as error:
-        message = str(error)
-        raise ConfigError(f"{prefix}{message[:1].lower()}{message[1:]}{hint}") from error
+        raise ConfigError(f"{prefix}{error}") from error
+
+
+def check_metrics(config: dict[str, Any], metrics: Metrics, data: ImageDataModule) -> None:
+    """See to it that the metrics can be measured on the data.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    try:
+        metrics.check(channels=data.channels, resolution=data.resolution, num_classes=data.num_classes)
+    except ValueError as error:
+        path = "datamodule" if str(error).partition("=")[0] in config["datamodule"] else "metrics.extractor"
+        raise ConfigError(f"{path}.{error}; or choose other metrics (metrics=none measures nothing)") from error
+
+
+def _check_optimizer(node: dict[str, Any], optimizer: Any) -> None:
+    """Name the key whose value the optimizer refuses; torch names the value only."""
+    try:
+        optimizer([nn.Parameter(torch.zeros(1))])
+    except ValueError as error:
+        reason, _, value = str(error).partition(": ")
+        refused = [key for key, v in node.items() if value in map(str, [v, *v] if isinstance(v, list) else [v])]
+        if not refused:
+            raise ConfigError(f"optimizer: {error}") from error
+        key, allowed = refused[0], "in [0, 1)" if refused[0] == "betas" else "at least 0"
+        raise ConfigError(f"optimizer.{key}={show(node[key])}: must be {allowed} ({reason.lower()})") from error
 
 
 def find_checkpoint(run: str | None, checkpoint: str | None, runs: str) -> Path:
@@ -250,8 +283,9 @@ def _initial_weights(source: str, weights: str | None, network: nn.Module) -> di
         loaded = load_checkpoint(newest_checkpoint(path) if path.is_dir() else path)
         state = network_weights(loaded, weights or next(iter(loaded["ema"]), "raw"))
     except ValueError as error:
-        reason = str(error).partition(": ")[2]
-        raise ConfigError(f"init_from={source}: {reason}") from error
+        key, _, reason = str(error).partition(": ")
+        given = f"init_weights={weights}" if key.startswith("weights=") else f"init_from={source}"
+        raise ConfigError(f"{given}: {reason}") from error
     misfits = fit(state, network)
     if misfits:
         raise ConfigError(f"init_from={source}: the network differs: {misfits}")

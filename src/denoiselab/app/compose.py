@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import sys
+import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,6 @@ def command(config_name: str, task: str) -> None:
         config_name: of the primary config.
         task: "module:function" of (config, choice of each group, overrides); imported after composition.
     """
-    traceback_wanted = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines and exits with 1 itself
-
     jobs: list[tuple[Any, ...] | Exception] = []
 
     def compose(config: DictConfig) -> None:
@@ -54,25 +52,31 @@ def command(config_name: str, task: str) -> None:
         except OmegaConfBaseException as error:
             jobs.append(error)
 
+    asked = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines and exits with 1 itself
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(compose)()
+        with tempfile.TemporaryDirectory() as scratch:  # where Hydra writes the multirun.yaml that it insists on
+            OmegaConf.register_new_resolver("scratch", lambda: scratch, replace=True)
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(compose)()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's word on sampler=null
+        jobs = [error]
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if asked is not None:
+            os.environ["HYDRA_FULL_ERROR"] = asked
+    problem = next((job for job in jobs if isinstance(job, Exception)), None)
+    try:
+        if problem is not None:
+            raise ConfigError(composition_message(problem, sys.argv[1:])) from problem
         for job in jobs:  # several with --multirun
-            if isinstance(job, Exception):
-                raise job
-        for job in jobs:
             assert isinstance(job, tuple)
             get_method(task.replace(":", "."))(*job)
-        return
-    except (HydraException, OmegaConfBaseException) as error:
-        message, code = f"config error: {composition_message(error, sys.argv[1:])}", 2
-    except ConfigError as error:
-        message, code = f"config error: {' '.join(str(error).split())}", 2
-    except RankError as error:
-        message, code = f"error: {error}", 1
-    if traceback_wanted:
-        traceback.print_exc()
-    print(message, file=sys.stderr)
-    sys.exit(code)
+    except (ConfigError, RankError) as error:
+        if asked == "1":
+            traceback.print_exc()
+        mistake = isinstance(error, ConfigError)
+        print(f"config error: {' '.join(str(error).split())}" if mistake else f"error: {error}", file=sys.stderr)
+        sys.exit(2 if mistake else 1)
 
 
 def composition_message(error: Exception, arguments: list[str]) -> str:
@@ -94,11 +98,18 @@ def composition_message(error: Exception, arguments: list[str]) -> str:
     for link in chain:
         key, parent = getattr(link, "full_key", None), getattr(link, "parent_node", None)
         if key and "not in struct" in str(link):
-            typed = next((a for a in arguments if a.split("=")[0] == key), str(key))
-            allowed = sorted(str(k) for k in parent) if parent is not None else []
+            typed = next((a for a in arguments if a.split("=")[0] == key or a.startswith(f"{key}.")), str(key))
+            names = map(str, parent if parent is not None else [])
+            allowed = sorted(name for name in names if name != "hydra" and not name.startswith("_"))
             close = difflib.get_close_matches(str(key).rpartition(".")[2], allowed, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            return f"{typed}: no such key{hint} (allowed: {', '.join(allowed)})"
+            hint = f"; did you mean {close[0]}?" if close and typed.split("=")[0] == key else ""
+            return f"{typed}: no such key{hint} (allowed: {', '.join(allowed) or 'none'})"
+    several = re.match(r"Ambiguous value for argument '(.*)'", str(error))
+    if several:
+        return f"{several[1]}: must be one value; several need -m, and a list is written [a,b]"
+    null = next((a for a in arguments if a.endswith("=null")), None)
+    if null and "Got NoneType" in str(error):
+        return f"{null}: must be a choice of this group, for example one of those that --help lists"
     lines = [str(link).strip().splitlines()[0] for link in chain if str(link).strip()]
     key = getattr(chain[-1], "full_key", None)
     text = re.sub(r"\s+", " ", " ".join(dict.fromkeys(lines))) or type(error).__name__

@@ -57,7 +57,7 @@ def _check(metrics: Metrics, data: ImageDataModule) -> None:
 
 def _measure_images(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number]]:
     for group in ("datamodule", "metrics"):
-        if options[group] is None:
+        if options.get(group) is None:
             raise ConfigError(f"{group}=null: images are compared with data; name one, for example {group}=digits")
     data, metrics = make(options, "datamodule"), make(options, "metrics")
     _check(metrics, data)

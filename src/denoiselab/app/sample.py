@@ -41,9 +41,6 @@ def sample(options: dict[str, Any], choices: dict[str, str], overrides: list[str
         ConfigError: if the run or an option is wrong; nothing is written then.
     """
     check_keys(options, SAMPLE_KEYS)
-    for key in ("num_samples", "batch_size"):
-        if options[key] < 1:
-            raise ConfigError(f"{key}={options[key]}: must be at least 1")
     torch.set_num_threads(free_cores())
     trained = load_trained(options, ("sampler", "guidance"))
     parts, count = trained.parts, options["num_samples"]

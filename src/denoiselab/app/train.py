@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from denoiselab.app.build import Parts, Training, make, make_network, make_training
 from denoiselab.evaluation.records import Number
 from denoiselab.reports.console import print_results
-from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.folder import (
     COMMAND,
     CONFIG,
@@ -50,7 +50,10 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
         RankError: if one of several processes failed.
     """
     parts, training = make_training(config)
-    parts.data.prepare_data()  # a download, where the datamodule is told to make one
+    try:
+        parts.data.prepare_data()  # a download, where the datamodule is told to make one
+    except ValueError as error:
+        raise ConfigError(f"datamodule.{error}") from error
     name = config["name"] or "-".join(choices[group] for group in ("datamodule", "backbone", "objective"))
 
     def start_folder() -> str:
@@ -160,10 +163,12 @@ def _fit(
             seconds = round(time.time() - began, 1)
             summary = summarise(trainer, module, measurement.numbers, run_dir, status, problem, seconds)
             write_json(run_dir / SUMMARY, summary)
-            finish(trainer, summary["metrics"] | {"status": status}, failed=status in ("failed", "interrupted"))
+            finish(trainer, summary["metrics"] | {"status": status}, failed=status != "finished")
             facts = {"run": run_dir, "status": status, "steps": trainer.global_step, "seconds": seconds}
             losses = {key: f"{value:,.4g}" for key, value in summary["losses"].items()}
             print_results(console, facts | losses, measurement.numbers)
+    if status != "finished":  # Lightning returns as if nothing had happened when it is told to terminate
+        raise RankError(f"stopped at step {trainer.global_step} of {trainer.max_steps}; see {run_dir / 'train.log'}")
 
 
 def summarise(

@@ -151,7 +151,10 @@ def check_value(value: Any, annotation: Any, path: str) -> None:
         config = None if inspect.isclass(annotation) else ConfigDict(arbitrary_types_allowed=True)
         adapter = TypeAdapter(annotation, config=config)
     except (PydanticSchemaGenerationError, PydanticUserError, TypeError, NameError):
-        return  # a type that no YAML value can have
+        if not inspect.isclass(annotation) or isinstance(value, dict):
+            return
+        group = path.replace(".", "/")  # something to be built, which no plain value can be
+        raise ConfigError(f"{path}={show(value)}: must be chosen as a group, {group}={show(value)}") from None
     try:
         adapter.validate_json(json.dumps(value), strict=True)  # JSON's arrays may stand for tuples
     except ValidationError as error:
@@ -165,9 +168,11 @@ def _name(annotation: Any) -> str:
         return plain[annotation]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
-        return "one of " + ", ".join(map(show, arguments))
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(map(show, arguments))
     if origin in (list, tuple) and arguments:
-        return "a list of " + " and ".join(dict.fromkeys(_name(a) for a in arguments if a is not ...))
+        plural = {"a number": "numbers", "an integer": "integers"}
+        kinds = dict.fromkeys(_name(a) for a in arguments if a is not ...)
+        return "a list of " + " and ".join(plural.get(kind, kind) for kind in kinds)
     if origin is dict:
         return f"a mapping to {_name(arguments[1])}"
     if arguments:

@@ -128,8 +128,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
                 raise ValueError("checksum differs")
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"checkpoint={path}: cannot be read as plain data ({reason[:120]})") from error
+        raise ValueError(f"checkpoint={path}: cannot be read as plain data; it is damaged, or no checkpoint") from error
     if not isinstance(loaded, dict) or loaded.get("schema") != SCHEMA:
         found = loaded.get("schema") if isinstance(loaded, dict) else None
         raise ValueError(f"checkpoint={path}: layout {found} is not the layout {SCHEMA} that this version reads")
