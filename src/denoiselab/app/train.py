@@ -157,7 +157,8 @@ def _fit(
         interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
         status, problem = "interrupted" if interrupted else "failed", f"{type(error).__name__}: {error}"
         log.exception("the run ended early")
-        raise
+        if not interrupted:
+            raise
     finally:
         if trainer.is_global_zero:
             seconds = round(time.time() - began, 1)
@@ -167,7 +168,7 @@ def _fit(
             facts = {"run": run_dir, "status": status, "steps": trainer.global_step, "seconds": seconds}
             losses = {key: f"{value:,.4g}" for key, value in summary["losses"].items()}
             print_results(console, facts | losses, measurement.numbers)
-    if status != "finished":  # Lightning returns as if nothing had happened when it is told to terminate
+    if status != "finished":  # SIGTERM reaches us as a SystemExit without a code, which would end the process with 0
         raise RankError(f"stopped at step {trainer.global_step} of {trainer.max_steps}; see {run_dir / 'train.log'}")
 
 
