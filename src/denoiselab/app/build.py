@@ -220,6 +220,10 @@ def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
     _refuse("datamodule.", lambda: parts.data.check_batch(settings.world_size, settings.accumulate))
     _refuse("datamodule.", parts.data.check)
     check_metrics(config, parts.metrics, parts.data)
+    if config["init_from"] is None and config["init_weights"] is not None:
+        raise ConfigError(
+            f"init_weights={config['init_weights']}: needs init_from, the run whose weights to start from"
+        )
     if config["init_from"] is not None:
         initial = _initial_weights(config["init_from"], config["init_weights"], network)
         training = Training(**{**vars(training), "initial": initial})

@@ -10,8 +10,9 @@ from rich.console import Console
 from torch import Tensor
 
 from denoiselab.app.build import check_keys, load_trained, make
-from denoiselab.app.sample import SAMPLE_KEYS
+from denoiselab.app.sample import SAMPLE_KEYS, run_folder
 from denoiselab.data.datamodule import ImageDataModule
+from denoiselab.diffusion.noise import hash64
 from denoiselab.evaluation.generate import draw
 from denoiselab.evaluation.metrics import Metrics
 from denoiselab.evaluation.pictures import read_images
@@ -40,6 +41,7 @@ def evaluate(options: dict[str, Any], choices: dict[str, str], overrides: list[s
         facts, numbers, default = _measure_run(options)
         output = options["output"] or default
     if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(output), {"numbers": [number.to_dict() for number in numbers]})
         facts["output"] = output
     print_results(Console(), facts, numbers)
@@ -97,4 +99,5 @@ def _measure_run(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number],
         "weights": f"{trained.weights}, step {trained.step}",
         "sampler": f"{type(parts.sampler).__name__}, {nfe} NFE",
     }
-    return facts, numbers, trained.checkpoint.with_name(f"{trained.checkpoint.stem}_evaluation.json")
+    name = f"step_{trained.step:07d}_{trained.weights}_{hash64(str(numbers[0].protocol)) & 0xFFFFFFFF:08x}.json"
+    return facts, numbers, run_folder(trained.checkpoint) / "evaluations" / name

@@ -15,6 +15,7 @@ from denoiselab.evaluation.pictures import image_grid, save_images
 from denoiselab.reports.console import print_results
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import write_json
+from denoiselab.training.checkpoint import FOLDER
 from denoiselab.training.trainer import free_cores
 
 SAMPLE_KEYS: dict[str, Any] = {
@@ -100,5 +101,9 @@ def _output(options: dict[str, Any], checkpoint: Path) -> Path:
         if output.suffix not in ("", ".npz", ".png"):
             raise ConfigError(f"output={output}: must be FILE.npz, FILE.png or a folder")
         return output
-    run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    return run_dir / "samples" / f"drawn_{options['num_samples']}_seed_{options['seed']}.png"
+    return run_folder(checkpoint) / "samples" / f"drawn_{options['num_samples']}_seed_{options['seed']}.png"
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint, or the folder that a stray checkpoint lies in."""
+    return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else checkpoint.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from pathlib import Path
@@ -50,6 +51,12 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
         RankError: if one of several processes failed.
     """
     parts, training = make_training(config)
+    given = int(os.environ.get("WORLD_SIZE", 1))
+    if launched_from_outside() and given != training.settings.world_size:
+        raise ConfigError(
+            f"trainer.devices={training.settings.devices}: with trainer.num_nodes={training.settings.num_nodes} makes "
+            f"{training.settings.world_size} processes, but the launcher has started {given}"
+        )
     try:
         parts.data.prepare_data()  # a download, where the datamodule is told to make one
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +160,8 @@ class UNet(nn.Module):
         width: channels of the first level.
         multipliers: channels of each level as multiples of width; each level halves the resolution.
         blocks: residual blocks a level on the way down; the way up has one more.
-        attention_resolutions: longer sides in pixels of the levels with attention; the middle always has it.
+        attention_resolutions: longer sides in pixels of the levels with attention, or "lowest" for the last level,
+            whatever the resolution; the middle always has it.
         head_channels: channels of an attention head; None for a single head.
         dropout: probability of dropout before the second convolution of a block, in [0, 1).
         scale_shift: whether the embedding scales and shifts the normalised features instead of being added.
@@ -177,7 +179,7 @@ class UNet(nn.Module):
         width: int,
         multipliers: list[int],
         blocks: int,
-        attention_resolutions: list[int],
+        attention_resolutions: list[int] | Literal["lowest"],
         head_channels: int | None,
         dropout: float,
         scale_shift: bool,
@@ -200,7 +202,9 @@ class UNet(nn.Module):
         if any(side % factor for side in height_and_width):
             raise ValueError(f"resolution={resolution}: must be divisible by {factor} for {len(multipliers)} levels")
         sides = [max(height_and_width) >> level for level in range(len(multipliers))]
-        if not set(attention_resolutions) <= set(sides):
+        if attention_resolutions == "lowest":
+            attention_resolutions = sides[-1:]
+        if isinstance(attention_resolutions, str) or not set(attention_resolutions) <= set(sides):
             raise ValueError(
                 f"attention_resolutions={list(attention_resolutions)}: "
                 f"must be among the longer sides of the levels, {sides}"

@@ -38,7 +38,10 @@ class Pair(NamedTuple):
 class Prediction(ABC):
     """What a network is trained to output."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return type(self).__name__.lower()
 
     @abstractmethod
     def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
@@ -60,8 +63,6 @@ class Prediction(ABC):
 class Epsilon(Prediction):
     """F = ε (Ho et al. 2020, eq. 14)."""
 
-    name = "epsilon"
-
     def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
         """(0, 1)."""
         return torch.zeros_like(t), torch.ones_like(t)
@@ -69,8 +70,6 @@ class Epsilon(Prediction):
 
 class X0(Prediction):
     """F = x0."""
-
-    name = "x0"
 
     def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
         """(1, 0)."""
@@ -80,8 +79,6 @@ class X0(Prediction):
 class V(Prediction):
     """F = α·ε − σ·x0 (Salimans & Ho 2022, appendix D)."""
 
-    name = "v"
-
     def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
         """(−σ, α)."""
         return -path.sigma(t), path.alpha(t)
@@ -89,8 +86,6 @@ class V(Prediction):
 
 class Velocity(Prediction):
     """F = dx_t/dt = α̇·x0 + σ̇·ε (Lipman et al. 2023, eq. 9; Liu et al. 2022, eq. 1)."""
-
-    name = "velocity"
 
     def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
         """(α̇, σ̇)."""

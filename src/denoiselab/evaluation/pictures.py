@@ -76,6 +76,8 @@ def read_images(source: Path, channels: int) -> tuple[UInt8[Tensor, "N C H W"], 
         # save_images writes the class itself; other names are numbered in their order
         number = {name: int(name) if all(n.isdigit() for n in names) else i for i, name in enumerate(names)}
         labels = np.array([number[str(f.parent.relative_to(source))] if f.parent != source else -1 for f in files])
+    if labels.shape != pixels.shape[:1]:
+        raise ValueError(f"images={source}: has {len(pixels)} images, but labels of shape {labels.shape}")
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != channels:
         raise ValueError(
             f"images={source}: must be uint8 of shape (N, H, W, {channels}), not {pixels.dtype} {pixels.shape}"

@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.close(folder)
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(Callback):
     """Saves checkpoints/step_0000800.ckpt every `every` optimizer steps and at the end, and keeps the newest ones.
 
     Args:

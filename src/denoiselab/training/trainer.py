@@ -102,7 +102,7 @@ class TrainerSettings:
             logger=loggers,
             callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
-            enable_checkpointing=any("Checkpoints" in type(c).__name__ for c in callbacks),
+            enable_checkpointing=False,  # Lightning's own; ours is the callback `Checkpoints`
             enable_progress_bar=False,
             enable_model_summary=False,
             log_every_n_steps=1,
