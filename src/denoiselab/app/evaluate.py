@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from denoiselab.app.build import check_keys, load_trained, make
+from denoiselab.app.build import check_keys, check_metrics, load_trained, make
 from denoiselab.app.sample import SAMPLE_KEYS, run_folder
 from denoiselab.data.datamodule import ImageDataModule
 from denoiselab.diffusion.noise import hash64
@@ -47,14 +47,14 @@ def evaluate(options: dict[str, Any], choices: dict[str, str], overrides: list[s
     print_results(Console(), facts, numbers)
 
 
-def _check(metrics: Metrics, data: ImageDataModule) -> None:
+def _check(config: dict[str, Any], metrics: Metrics, data: ImageDataModule) -> None:
     if metrics.num_samples == 0:
         raise ConfigError("metrics=none: nothing to measure; name metrics=digits or metrics=fid")
     try:
         data.check()
-        metrics.check(channels=data.channels, resolution=data.resolution, num_classes=data.num_classes)
     except ValueError as error:
-        raise ConfigError(f"evaluate: {error}") from error
+        raise ConfigError(f"datamodule.{error}") from error
+    check_metrics(config, metrics, data)
 
 
 def _measure_images(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number]]:
@@ -62,7 +62,7 @@ def _measure_images(options: dict[str, Any]) -> tuple[dict[str, Any], list[Numbe
         if options.get(group) is None:
             raise ConfigError(f"{group}=null: images are compared with data; name one, for example {group}=digits")
     data, metrics = make(options, "datamodule"), make(options, "metrics")
-    _check(metrics, data)
+    _check(options, metrics, data)
     try:
         images, labels = read_images(Path(options["images"]), data.channels)
         if tuple(images.shape[2:]) != data.size:
@@ -76,7 +76,7 @@ def _measure_images(options: dict[str, Any]) -> tuple[dict[str, Any], list[Numbe
 def _measure_run(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number], Path]:
     trained = load_trained(options, ("sampler", "guidance", "metrics", "datamodule"))
     parts, metrics = trained.parts, trained.parts.metrics
-    _check(metrics, parts.data)
+    _check(trained.config, metrics, parts.data)
     images: Tensor
     images, labels = draw(
         trained.denoiser,
