@@ -299,6 +299,6 @@ def test_a_measurement_stays_in_the_run_folder(tiny_run, tmp_path):
     before = files_below(tiny_run)
     call("evaluate", f"run={tiny_run}", cwd=tmp_path)
     (new,) = set(files_below(tiny_run)) - set(before)
-    assert new.startswith("checkpoints/step_0000004")
+    assert new.startswith("evaluations/step_0000004_ema_")
     (tiny_run / new).unlink()
     assert files_below(tmp_path) == []
