@@ -298,7 +298,7 @@ def test_measuring_with_other_weights_sampler_and_count(tiny_run, tmp_path):
 def test_a_measurement_stays_in_the_run_folder(tiny_run, tmp_path):
     before = files_below(tiny_run)
     call("evaluate", f"run={tiny_run}", cwd=tmp_path)
-    (new,) = set(files_below(tiny_run)) - set(before)
+    (new,) = {file for file in set(files_below(tiny_run)) - set(before) if file.endswith(".json")}
     assert new.startswith("evaluations/step_0000004_ema_")
     (tiny_run / new).unlink()
     assert files_below(tmp_path) == []

@@ -111,6 +111,6 @@ def composition_message(error: Exception, arguments: list[str]) -> str:
     if null and "Got NoneType" in str(error):
         return f"{null}: must be a choice of this group, for example one of those that --help lists"
     lines = [str(link).strip().splitlines()[0] for link in chain if str(link).strip()]
-    key = getattr(chain[-1], "full_key", None)
+    key = next((a for a in arguments if "${" in a), None) or getattr(chain[-1], "full_key", None)
     text = re.sub(r"\s+", " ", " ".join(dict.fromkeys(lines))) or type(error).__name__
     return f"{key}: {text}" if key and str(key) not in text else text
