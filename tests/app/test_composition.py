@@ -10,12 +10,11 @@ import torch
 import yaml
 from calls import CONF, NETWORK, SHORT, call, composed, only_run
 
-from denoiselab.app.build import make_network, make_training
+from denoiselab.app.build import make_module, make_network, make_training
 from denoiselab.condition import Condition
 from denoiselab.diffusion.noise import NoiseSource
 from denoiselab.evaluation.generate import balanced_labels
 from denoiselab.runs.errors import ConfigError
-from denoiselab.training.module import DiffusionModule
 
 SMALL = {"width": 8, "blocks": 1, "head_channels": None, "hidden_size": 16, "depth": 1, "num_heads": 2}
 SIDES = (8, 28, 32, 64, 256)  # resolutions that backbone presets are made for
@@ -47,21 +46,7 @@ def take_a_step(config, run_dir):
         the parts, the loss, how many parameters the step changed, the samples and what they cost.
     """
     parts, training = make_training(config)
-    module = DiffusionModule(
-        network=make_network(config),
-        objective=parts.objective,
-        codec=parts.codec,
-        sampler=parts.sampler,
-        guidance=parts.guidance,
-        optimizer=training.optimizer,
-        schedule=training.schedule,
-        ema=training.ema,
-        seed=config["seed"],
-        batch_size=parts.data.batch_size,
-        shape=parts.shape,
-        num_classes=parts.data.num_classes,
-        config=config,
-    )
+    module = make_module(config, parts, training, make_network(config))
     module.trainer = training.settings.build(run_dir, [], [])
     optimizer = module.configure_optimizers()["optimizer"]
     before = {key: p.detach().clone() for key, p in module.network.named_parameters()}

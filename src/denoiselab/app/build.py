@@ -23,7 +23,7 @@ from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import newest_run
 from denoiselab.training.checkpoint import load_checkpoint, network_weights, newest_checkpoint
 from denoiselab.training.ema import EMA
-from denoiselab.training.module import Codec
+from denoiselab.training.module import Codec, DiffusionModule
 from denoiselab.training.schedule import Schedule
 from denoiselab.training.trainer import TrainerSettings
 
@@ -228,6 +228,25 @@ def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
         initial = _initial_weights(config["init_from"], config["init_weights"], network)
         training = Training(**{**vars(training), "initial": initial})
     return parts, training
+
+
+def make_module(config: dict[str, Any], parts: Parts, training: Training, network: nn.Module) -> DiffusionModule:
+    """The LightningModule of a run."""
+    return DiffusionModule(
+        network=network,
+        objective=parts.objective,
+        codec=parts.codec,
+        sampler=parts.sampler,
+        guidance=parts.guidance,
+        optimizer=training.optimizer,
+        schedule=training.schedule,
+        ema=training.ema,
+        seed=config["seed"],
+        batch_size=parts.data.batch_size,
+        shape=parts.shape,
+        num_classes=parts.data.num_classes,
+        config=config,
+    )
 
 
 def _refuse(prefix: str, check: Any) -> None:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from denoiselab.app.build import Parts, Training, make, make_network, make_training
+from denoiselab.app.build import Parts, Training, make, make_module, make_network, make_training
 from denoiselab.evaluation.records import Number
 from denoiselab.reports.console import print_results
 from denoiselab.runs.errors import ConfigError, RankError
@@ -110,21 +110,7 @@ def train_here(config: dict[str, Any], folder: str, threads: int, parts: Parts, 
     parameters = sum(p.numel() for p in network.parameters())
     if config["compile"]:
         network.compile()
-    module = DiffusionModule(
-        network=network,
-        objective=parts.objective,
-        codec=parts.codec,
-        sampler=parts.sampler,
-        guidance=parts.guidance,
-        optimizer=training.optimizer,
-        schedule=training.schedule,
-        ema=training.ema,
-        seed=config["seed"],
-        batch_size=parts.data.batch_size,
-        shape=parts.shape,
-        num_classes=parts.data.num_classes,
-        config=config,
-    )
+    module = make_module(config, parts, training, network)
     measurement = Measurement(metrics=parts.metrics)
     callbacks = list(training.callbacks.values())
     loggers = [csv_logger(run_dir), *make(config, "logger")(run_dir=run_dir, name=run_dir.name)]
