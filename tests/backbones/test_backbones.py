@@ -10,13 +10,14 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from denoiselab.backbones.dit import DiT
+from denoiselab.backbones.song_unet import SongUNet
 from denoiselab.backbones.unet import UNet
 from denoiselab.condition import Condition
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
-def unet(resolution=8, num_classes=3, scale_shift=False):
+def unet(resolution=8, num_classes=3, scale_shift=False, learned_variance=False):
     return UNet(
         channels=2,
         resolution=resolution,
@@ -28,14 +29,34 @@ def unet(resolution=8, num_classes=3, scale_shift=False):
         head_channels=8,
         dropout=0.0,
         scale_shift=scale_shift,
+        learned_variance=learned_variance,
     )
 
 
-def film_unet(resolution=8, num_classes=3):
-    return unet(resolution, num_classes, scale_shift=True)
+def film_unet(resolution=8, num_classes=3, learned_variance=False):
+    return unet(resolution, num_classes, scale_shift=True, learned_variance=learned_variance)
 
 
-def dit(resolution=8, num_classes=3):
+def song_unet(resolution=8, num_classes=3, learned_variance=False):
+    return SongUNet(
+        channels=2,
+        resolution=resolution,
+        num_classes=num_classes,
+        augment_dim=0,
+        width=16,
+        multipliers=[1, 2],
+        blocks=1,
+        attention_resolutions=[8],
+        dropout=0.0,
+        time_embedding="positional",
+        time_multiplier=1,
+        encoder="residual",
+        resample_filter=[1, 3, 3, 1],
+        learned_variance=learned_variance,
+    )
+
+
+def dit(resolution=8, num_classes=3, learned_variance=False):
     return DiT(
         channels=2,
         resolution=resolution,
@@ -44,10 +65,11 @@ def dit(resolution=8, num_classes=3):
         hidden_size=32,
         depth=2,
         num_heads=4,
+        learned_variance=learned_variance,
     )
 
 
-every_backbone = pytest.mark.parametrize("build", [unet, film_unet, dit])
+every_backbone = pytest.mark.parametrize("build", [unet, film_unet, song_unet, dit])
 
 
 def perturbed(net):
@@ -72,6 +94,15 @@ def test_output_has_the_shape_of_the_input(build, height, width):
     output = net(*batch(height, width))
     assert output.shape == (4, 2, height, width)
     assert output.isfinite().all()
+
+
+@every_backbone
+def test_a_learned_variance_doubles_the_channels_of_the_output(build):
+    net = perturbed(build(learned_variance=True))
+    output = net(*batch())
+    assert output.shape == (4, 4, 8, 8)
+    prediction, variance = output.chunk(2, dim=1)
+    assert (prediction - variance).norm() > 0.1 * prediction.norm()
 
 
 @every_backbone
@@ -147,6 +178,8 @@ def test_every_parameter_learns(build):
         ("unet", (1, 8, 10), 0.76),
         ("unet_fashion", (1, 28, 10), 5.3),
         ("unet_ddpm_cifar10", (3, 32, 0), 35.746307),
+        ("ddpmpp_cifar10", (3, 32, 10), 55.735299),
+        ("ncsnpp_cifar10", (3, 32, 10), 56.400643),
         ("dit", (1, 8, 10), 1.27),
         ("dit_s_2", (4, 32, 1000), 33),
         ("dit_b_2", (4, 32, 1000), 130),
@@ -158,7 +191,7 @@ def test_shipped_configs(name, data, millions):
     values = zip(("channels", "resolution", "num_classes"), data, strict=True)
     overrides = [f"+backbone={name}", *(f"+datamodule.{key}={value}" for key, value in values)]
     with initialize_config_dir(str(CONF), version_base=None):
-        config = compose(overrides=overrides)
+        config = compose(overrides=[*overrides, "+objective.learned_variance=false"])
     with torch.device("meta"):
         net = instantiate(config.backbone)
         x = torch.empty(2, data[0], data[1], data[1])

@@ -60,12 +60,14 @@ def load_diffusers(net, state):
     net.load_state_dict({name: state[f"{names[module]}.{kind}"] for name, module, kind in split})
 
 
-def test_is_the_published_network():
+@pytest.mark.parametrize("learned_variance", [False, True])
+def test_is_the_published_network(learned_variance):
     torch.manual_seed(0)
     theirs = DiTTransformer2DModel(
         num_attention_heads=4,
         attention_head_dim=12,
         in_channels=3,
+        out_channels=6 if learned_variance else 3,
         num_layers=2,
         sample_size=8,
         num_embeds_ada_norm=5,
@@ -77,7 +79,7 @@ def test_is_the_published_network():
     for embedder in embedders:
         embedder.load_state_dict(embedders[0].state_dict())
         embedder.time_proj.downscale_freq_shift = 0  # diffusers has 1 here, the paper's code 0
-    ours = DiT(**SMALL).eval()
+    ours = DiT(**SMALL, learned_variance=learned_variance).eval()
     load_diffusers(ours, theirs.state_dict())
 
     x, t, label = torch.randn(3, 3, 8, 8), torch.tensor([0.0, 7.0, 850.0]), torch.tensor([0, 4, -1])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from denoiselab.backbones.layers import LabelEmbedding, group_norm, sinusoidal_embedding
+from denoiselab.backbones.layers import LabelEmbedding, group_count, sinusoidal_embedding
 from denoiselab.condition import Condition
 
 
@@ -52,4 +52,4 @@ def test_missing_labels_are_an_error():
     ("channels", "groups"), [(2, 1), (6, 1), (32, 8), (48, 12), (56, 14), (120, 30), (128, 32), (384, 32)]
 )
 def test_groups(channels, groups):
-    assert group_norm(channels).num_groups == groups
+    assert group_count(channels) == groups

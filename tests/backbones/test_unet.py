@@ -55,13 +55,12 @@ def diffusers_name(name):
     return name
 
 
-@pytest.mark.parametrize("scale_shift", [False, True])
-def test_is_the_ddpm_network(scale_shift):
-    # At full width: diffusers has one number of groups for all layers, ours has fewer below 128 channels.
+@pytest.mark.parametrize(("width", "groups", "scale_shift"), [(128, 32, False), (28, 7, True)])
+def test_is_the_network_of_diffusers(width, groups, scale_shift):
     torch.manual_seed(0)
     theirs = UNet2DModel(
         sample_size=32,
-        block_out_channels=(128, 256, 256, 256),
+        block_out_channels=(width, 2 * width, 2 * width, 2 * width),
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=None,
@@ -69,12 +68,13 @@ def test_is_the_ddpm_network(scale_shift):
         flip_sin_to_cos=False,
         freq_shift=1,
         norm_eps=1e-6,
-        attn_norm_num_groups=32,
+        norm_num_groups=groups,
+        attn_norm_num_groups=groups,
         resnet_time_scale_shift="scale_shift" if scale_shift else "default",
     ).eval()
     for parameter in theirs.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    ours = UNet(**DDPM | {"scale_shift": scale_shift}).eval()
+    ours = UNet(**DDPM | {"width": width, "scale_shift": scale_shift}).eval()
     state = theirs.state_dict()
     ours.load_state_dict({name: state.pop(diffusers_name(name)) for name in ours.state_dict()})
     assert not state
@@ -111,6 +111,11 @@ def test_time_reaches_the_output_of_a_narrow_network(scale_shift):
     early, late = net(x, torch.tensor([10.0, 900.0]), Condition())
     # A constant over the image could come from the output's bias alone: the pattern must change.
     assert (early - late).std() > 1e-2 * early.std()
+
+
+def test_all_layers_have_the_same_number_of_groups():
+    net = UNet(**SMALL | {"width": 56, "multipliers": [1, 2, 3], "attention_resolutions": [8]})
+    assert {m.num_groups for m in net.modules() if isinstance(m, torch.nn.GroupNorm)} == {14}
 
 
 def test_attention_sits_where_the_longer_side_says():

@@ -100,10 +100,10 @@ class DiT(nn.Module):
     """Transformer over image patches, conditioned by adaptive layer norm (Peebles & Xie 2023, section 3).
 
     The layout (layers, embeddings, patches) is that of the published weights, so that these load by renaming
-    keys; only the channels for a learned variance are missing.
+    keys; they have a learned variance.
 
     Args:
-        channels: channels of input and output.
+        channels: channels of the input and of the prediction.
         resolution: side of the input in pixels, or [height, width].
         num_classes: number of classes; 0 for an unconditional network.
         patch_size: side of a patch in pixels.
@@ -111,6 +111,8 @@ class DiT(nn.Module):
         depth: number of blocks.
         num_heads: attention heads of a block.
         mlp_ratio: hidden size of a block's MLP as a multiple of hidden_size.
+        learned_variance: whether the output has 2·channels channels, first the prediction, then the share of the
+            variance (Nichol & Dhariwal 2021, eq. 15).
 
     Raises:
         ValueError: if a value is out of its range or does not fit the others.
@@ -127,6 +129,7 @@ class DiT(nn.Module):
         depth: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
+        learned_variance: bool = False,
     ) -> None:
         super().__init__()
         if channels < 1:
@@ -159,7 +162,7 @@ class DiT(nn.Module):
         if self.label_embedding is not None:
             normal_(self.label_embedding.weight)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final = FinalLayer(hidden_size, patch_size**2 * channels)
+        self.final = FinalLayer(hidden_size, patch_size**2 * channels * (1 + learned_variance))
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output.
@@ -170,7 +173,7 @@ class DiT(nn.Module):
             condition: labels of shape (B,); not looked at by an unconditional network.
 
         Returns:
-            A tensor like x.
+            A tensor like x; with a learned variance of shape (B, 2 C, H, W).
 
         Raises:
             ValueError: if the network has classes and the condition no labels.
@@ -185,7 +188,7 @@ class DiT(nn.Module):
         x = x.flatten(2).transpose(1, 2) + self.positions  # (B, N, D)
         for block in self.blocks:
             x = block(x, emb)
-        x = self.final(x, emb)  # (B, N, p·p·C)
+        x = self.final(x, emb)  # (B, N, p·p·C), here and below 2 C with a learned variance
         x = x.unflatten(2, (self.patch_size, self.patch_size, -1))  # (B, N, p, p, C)
         x = x.unflatten(1, self.grid)  # (B, H/p, W/p, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, C, H, W)

@@ -9,8 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from denoiselab.backbones.layers import LabelEmbedding, group_norm, sinusoidal_embedding
-from denoiselab.condition import Condition, height_width
+from denoiselab.backbones.layers import (
+    LabelEmbedding,
+    check_unet,
+    group_count,
+    level_sides,
+    levels_with_attention,
+    sinusoidal_embedding,
+)
+from denoiselab.condition import Condition
 
 
 def zero_init(layer: nn.Conv2d | nn.Linear) -> nn.Module:
@@ -25,14 +32,21 @@ class ResidualBlock(nn.Module):
     """Two convolutions around a shortcut; the embedding enters between them, added or as scale and shift."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, embedding_dim: int, dropout: float, scale_shift: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        embedding_dim: int,
+        groups: int,
+        dropout: float,
+        scale_shift: bool,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.embedding = nn.Linear(embedding_dim, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = in_channels == out_channels
@@ -53,10 +67,10 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Residual self-attention over the pixels; heads of `head_channels` channels, None for a single head."""
 
-    def __init__(self, channels: int, *, head_channels: int | None) -> None:
+    def __init__(self, channels: int, *, groups: int, head_channels: int | None) -> None:
         super().__init__()
         self.heads = 1 if head_channels is None else channels // head_channels
-        self.norm = group_norm(channels)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
         self.q = nn.Linear(channels, channels)
         self.k = nn.Linear(channels, channels)
         self.v = nn.Linear(channels, channels)
@@ -154,7 +168,7 @@ class UNet(nn.Module):
     `scale_shift` is the adaptive group normalisation of Dhariwal & Nichol 2021, section 3.1.
 
     Args:
-        channels: channels of input and output.
+        channels: channels of the input and of the prediction.
         resolution: side of the input in pixels, or [height, width].
         num_classes: number of classes; 0 for an unconditional network.
         width: channels of the first level.
@@ -165,6 +179,8 @@ class UNet(nn.Module):
         head_channels: channels of an attention head; None for a single head.
         dropout: probability of dropout before the second convolution of a block, in [0, 1).
         scale_shift: whether the embedding scales and shifts the normalised features instead of being added.
+        learned_variance: whether the output has 2·channels channels, first the prediction, then the share of the
+            variance (Nichol & Dhariwal 2021, eq. 15).
 
     Raises:
         ValueError: if a value is out of its range or does not fit the others.
@@ -183,34 +199,20 @@ class UNet(nn.Module):
         head_channels: int | None,
         dropout: float,
         scale_shift: bool,
+        learned_variance: bool = False,
     ) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels={channels}: must be at least 1")
-        if num_classes < 0:
-            raise ValueError(f"num_classes={num_classes}: must be at least 0")
-        if width < 4 or width % 2:
-            raise ValueError(f"width={width}: must be even and at least 4")
-        if not multipliers or min(multipliers) < 1:
-            raise ValueError(f"multipliers={list(multipliers)}: must be one or more integers of at least 1")
-        if blocks < 1:
-            raise ValueError(f"blocks={blocks}: must be at least 1")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout}: must be in [0, 1)")
-        height_and_width = height_width(resolution)
-        factor = 2 ** (len(multipliers) - 1)
-        if any(side % factor for side in height_and_width):
-            raise ValueError(f"resolution={resolution}: must be divisible by {factor} for {len(multipliers)} levels")
-        sides = [max(height_and_width) >> level for level in range(len(multipliers))]
-        if attention_resolutions == "lowest":
-            attention_resolutions = sides[-1:]
-        if isinstance(attention_resolutions, str) or not set(attention_resolutions) <= set(sides):
-            raise ValueError(
-                f"attention_resolutions={list(attention_resolutions)}: "
-                f"must be among the longer sides of the levels, {sides}"
-            )
+        check_unet(
+            channels=channels,
+            num_classes=num_classes,
+            width=width,
+            multipliers=multipliers,
+            blocks=blocks,
+            dropout=dropout,
+        )
+        sides = level_sides(resolution, len(multipliers))
+        has_attention = levels_with_attention(attention_resolutions, sides)
         widths = [width * multiplier for multiplier in multipliers]
-        has_attention = [side in attention_resolutions for side in sides]
         attended = {w for w, here in zip(widths, has_attention, strict=True) if here} | {widths[-1]}
         if head_channels is not None and (head_channels < 1 or any(w % head_channels for w in attended)):
             raise ValueError(
@@ -220,8 +222,11 @@ class UNet(nn.Module):
 
         self.width = width
         embedding_dim = 4 * width
-        block = partial(ResidualBlock, embedding_dim=embedding_dim, dropout=dropout, scale_shift=scale_shift)
-        attention = partial(Attention, head_channels=head_channels)
+        groups = group_count(width)  # one number for all layers: their channels are multiples of width
+        block = partial(
+            ResidualBlock, embedding_dim=embedding_dim, groups=groups, dropout=dropout, scale_shift=scale_shift
+        )
+        attention = partial(Attention, groups=groups, head_channels=head_channels)
 
         self.time_mlp = nn.Sequential(
             nn.Linear(width, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
@@ -259,8 +264,8 @@ class UNet(nn.Module):
             )
             current = out
 
-        self.norm_out = group_norm(current)
-        self.conv_out = zero_init(nn.Conv2d(current, channels, 3, padding=1))
+        self.norm_out = nn.GroupNorm(groups, current, eps=1e-6)
+        self.conv_out = zero_init(nn.Conv2d(current, channels * (1 + learned_variance), 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The network's output.
@@ -271,7 +276,7 @@ class UNet(nn.Module):
             condition: labels of shape (B,); not looked at by an unconditional network.
 
         Returns:
-            A tensor like x.
+            A tensor like x; with a learned variance of shape (B, 2 C, H, W).
 
         Raises:
             ValueError: if the network has classes and the condition no labels.
@@ -288,4 +293,4 @@ class UNet(nn.Module):
         x = self.middle(skips[-1], emb)
         for level in self.up:
             x = level(x, skips, emb)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, C, H, W)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, C or 2 C, H, W)
