@@ -14,8 +14,8 @@ class RGB:
         """(C, H, W) of what the network sees of such images: the same."""
         return channels, height, width
 
-    def encode(self, images: UInt8[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """0 … 255 to −1 … 1, float32."""
+    def encode(self, images: UInt8[Tensor, "B C H W"], noise: object = None) -> Float[Tensor, "B C H W"]:
+        """0 … 255 to −1 … 1, float32; nothing is random about it."""
         return images.float() / 127.5 - 1
 
     def decode(self, x: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:

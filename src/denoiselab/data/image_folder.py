@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from denoiselab.condition import NULL_LABEL
 from denoiselab.data.datamodule import ImageDataModule, Split
 from denoiselab.data.dataset import ImageDataset
+from denoiselab.data.decoding import Crop, check_crop, decode
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 NAMED = 3  # broken files that a message names
@@ -32,53 +32,6 @@ class File(NamedTuple):
     path: Path
     name: str
     label: int
-
-
-def to_grey_or_rgb(image: Image.Image, channels: int) -> Image.Image:
-    """The image upright (EXIF orientation) in 8-bit grey (channels 1, luma of ITU-R 601) or RGB (channels 3).
-
-    Transparency is composited on white; 16-bit grey is scaled to 8 bits; palettes, CMYK and the rest go
-    through RGB.
-
-    Raises:
-        ValueError: if the pixels have no fixed range (32-bit integers or floats).
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no fixed range")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")
-    return image.convert("L" if channels == 1 else "RGB")
-
-
-def decode(path: Path, *, channels: int, size: tuple[int, int]) -> Tensor:
-    """Read an image file, scale it so that it covers `size` and cut out the centre.
-
-    Scaling uses Pillow's bicubic filter, which antialiases when it shrinks; an image that has the size
-    already is left as it is.
-
-    Args:
-        path: of the file.
-        channels: 1 (grey) or 3 (RGB).
-        size: (height, width) in pixels.
-
-    Returns:
-        uint8 of shape (channels, height, width).
-
-    Raises:
-        Exception: of Pillow's many kinds, if the file is not a whole image.
-    """
-    with Image.open(path) as image:
-        image.load()
-        plain = to_grey_or_rgb(image, channels)
-    if plain.size != size[::-1]:
-        plain = ImageOps.fit(plain, size[::-1], method=Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(plain)).reshape(*size, channels).permute(2, 0, 1).contiguous()
 
 
 def list_images(root: Path, below: str) -> list[str]:
@@ -119,6 +72,7 @@ class ImageFiles(ImageDataset):
         digests: SHA-256 of each one's pixels.
         channels: 1 (grey) or 3 (RGB).
         size: (height, width) in pixels.
+        crop: how `decode` scales and cuts.
         flip: whether the draws of training are mirrored left to right with probability 1/2.
         seed: keys the mirroring.
     """
@@ -130,11 +84,12 @@ class ImageFiles(ImageDataset):
         *,
         channels: int,
         size: tuple[int, int],
+        crop: Crop = "fit",
         flip: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(flip=flip, seed=seed)
-        self.files, self.digests, self.channels, self.size = files, digests, channels, size
+        self.files, self.digests, self.channels, self.size, self.crop = files, digests, channels, size, crop
 
     def __len__(self) -> int:
         """The number of images."""
@@ -142,7 +97,7 @@ class ImageFiles(ImageDataset):
 
     def image(self, index: int) -> Tensor:
         """Image `index`: uint8 of shape (C, H, W)."""
-        return decode(self.files[index].path, channels=self.channels, size=self.size)
+        return decode(self.files[index].path, channels=self.channels, size=self.size, crop=self.crop)
 
     def label(self, index: int) -> int:
         """The class of image `index`; `NULL_LABEL` where there are no classes."""
@@ -171,6 +126,7 @@ class ImageFolder(ImageDataModule):
         channels: 1 (grey) or 3 (RGB): what the images are converted to.
         resolution: in pixels, one number or [height, width]: what the images are scaled and cut to.
         num_classes: number of subfolders; 0 ignores them and trains without labels.
+        crop: how they are scaled and cut: "fit" in one go, "adm" as ADM, DiT and SiT do it, to a square.
         batch_size, seed, num_workers, flip, eval_batch_size: as in `ImageDataModule`; the split depends on
             none of them.
 
@@ -191,6 +147,7 @@ class ImageFolder(ImageDataModule):
         num_classes: int,
         batch_size: int,
         seed: int,
+        crop: Crop = "fit",
         num_workers: int = 0,
         flip: bool = False,
         eval_batch_size: int = 500,
@@ -212,7 +169,8 @@ class ImageFolder(ImageDataModule):
         if on_corrupt not in ("fail", "skip"):
             raise ValueError(f"on_corrupt={on_corrupt}: must be fail or skip")
         self.root, self.test_root, self.test_fraction = root, test_root, test_fraction
-        self.on_corrupt, self.cache = on_corrupt, cache
+        check_crop(crop, self.size)
+        self.on_corrupt, self.cache, self.crop = on_corrupt, cache, crop
         self._scanned: dict[Split, ImageDataset] = {}
 
     def load(self, split: Split) -> ImageDataset:
@@ -250,6 +208,7 @@ class ImageFolder(ImageDataModule):
                     digests,
                     channels=self.channels,
                     size=self.size,
+                    crop=self.crop,
                     flip=self.flip and split == "train",
                     seed=self.seed,
                 )
@@ -258,7 +217,7 @@ class ImageFolder(ImageDataModule):
     def _decode(self, file: File) -> tuple[bytes, Tensor | None] | str:
         """The hash of a file's pixels and, if they are kept, the pixels; or in one line why it has none."""
         try:
-            pixels = decode(file.path, channels=self.channels, size=self.size)
+            pixels = decode(file.path, channels=self.channels, size=self.size, crop=self.crop)
         except UnidentifiedImageError:
             return "not an image"
         except Exception as error:  # Pillow's decoders raise many kinds

@@ -1,0 +1,186 @@
+"""ImageNet (Deng et al. 2009; ILSVRC 2012): 1.28 million images in 1,000 classes, as class folders or as npz files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from denoiselab.condition import NULL_LABEL
+from denoiselab.data.datamodule import ImageDataModule, Split
+from denoiselab.data.dataset import ImageDataset
+from denoiselab.data.decoding import Crop, check_crop
+from denoiselab.data.indexed import IndexedFiles, cache_folder
+from denoiselab.data.npz import NpzImages
+from denoiselab.data.order import permutation
+
+SPLIT_SEED = 2012  # part of the data set: a run's seed does not touch it
+WAYS = (
+    "a folder with train/n01440764/*.JPEG and so on (val/ likewise, if there is one), one with train_data_batch_*.npz "
+    "(and val_data.npz) of downsampled ImageNet, or one npz file"
+)
+
+
+class Chosen(ImageDataset):
+    """Some of the images of another data set.
+
+    Args:
+        images: the others.
+        rows: which of them, int64 of shape (N,).
+        labelled: whether the labels are theirs; else they are null.
+        flip: whether the draws of training are mirrored left to right with probability 1/2.
+        seed: keys the mirroring.
+    """
+
+    def __init__(self, images: ImageDataset, rows: np.ndarray, *, labelled: bool, flip: bool, seed: int) -> None:
+        super().__init__(flip=flip, seed=seed)
+        self.images, self.rows, self.labelled = images, rows, labelled
+
+    def __len__(self) -> int:
+        """The number of images."""
+        return len(self.rows)
+
+    def image(self, index: int) -> Tensor:
+        """Image `index`: uint8 of shape (C, H, W)."""
+        return self.images.image(int(self.rows[index]))
+
+    def label(self, index: int) -> int:
+        """The class of image `index`; `NULL_LABEL` where there are no classes."""
+        return self.images.label(int(self.rows[index])) if self.labelled else NULL_LABEL
+
+    def digest(self, index: int) -> bytes:
+        """What stands for the pixels of image `index`."""
+        return self.images.digest(int(self.rows[index]))
+
+
+class ImageNet(ImageDataModule):
+    """ImageNet, or anything in its layout, read from the disk image by image.
+
+    Class folders are labelled in the order of their names, as torchvision, DiT and ADM do it; the list of files is kept
+    in the cache folder until a class folder changes. The npz files of downsampled ImageNet (Chrabaszcz et al. 2017) have
+    an order of classes of their own (their `map_clsloc.txt`): networks and samples of the two do not mix. ADM's npz
+    files (`arr_0`, `arr_1`) are read too; what is not compressed stays on the disk.
+
+    Args:
+        root: the folder with `train` and perhaps `val`, each with a folder per class, or with npz files whose names
+            begin with train and val, or one npz file.
+        test_root: a folder of class folders, or an npz file, with the images for testing; None takes those of root or, if
+            it has none, a fixed part of the training images.
+        test_fraction: that part, in (0, 1).
+        crop: how files are scaled and cut: "adm" as ADM, DiT and SiT do it, to a square, or "fit" in one go.
+        channels: 1 (grey) or 3 (RGB): what files are converted to.
+        resolution: in pixels, one number or [height, width]: what files are scaled and cut to.
+        num_classes: number of classes; 0 trains without labels.
+        batch_size, seed, num_workers, flip, eval_batch_size: as in `ImageDataModule`; the split depends on none of them.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        root: str | None,
+        test_root: str | None,
+        test_fraction: float,
+        crop: Crop,
+        channels: int,
+        resolution: int | list[int],
+        num_classes: int,
+        batch_size: int,
+        seed: int,
+        num_workers: int = 0,
+        flip: bool = False,
+        eval_batch_size: int = 500,
+    ) -> None:
+        super().__init__(
+            channels=channels,
+            resolution=resolution,
+            num_classes=num_classes,
+            batch_size=batch_size,
+            seed=seed,
+            num_workers=num_workers,
+            flip=flip,
+            eval_batch_size=eval_batch_size,
+        )
+        if not 0 < test_fraction < 1:
+            raise ValueError(f"test_fraction={test_fraction}: must be above 0 and below 1")
+        check_crop(crop, self.size)
+        self.root, self.test_root, self.test_fraction, self.crop = root, test_root, test_fraction, crop
+        self._opened: dict[Path, ImageDataset] = {}
+
+    def check(self) -> None:
+        """See to it that both splits are there and that the first image of each can be read.
+
+        Raises:
+            ValueError: otherwise, in one line.
+        """
+        super().check()
+        for samples in (self.train_set(), self.test_set()):
+            try:
+                samples.image(0)
+            except ValueError as error:
+                raise ValueError(f"root={self.root}: {error}") from error
+
+    def load(self, split: Split) -> ImageDataset:
+        """List the images of one split; none is read yet.
+
+        Raises:
+            ValueError: if they are missing or do not fit what is declared.
+        """
+        if self.root is None:
+            raise ValueError(f"root=null: give {WAYS}")
+        train, test = find(Path(self.root), "train"), find(Path(self.root), "val")
+        if not train:
+            raise ValueError(f"root={self.root}: must be {WAYS}")
+        if self.test_root is not None:
+            test = [Path(self.test_root)]
+        images = self._open("root", train)
+        rows = np.arange(len(images))
+        if not test:
+            order = permutation(len(images), SPLIT_SEED)
+            count = min(max(1, round(len(images) * self.test_fraction)), len(images) - 1)
+            rows = np.sort(order[:count] if split == "test" else order[count:])
+        elif split == "test":
+            images = self._open("root" if self.test_root is None else "test_root", test)
+            rows = np.arange(len(images))
+        if not len(rows):
+            raise ValueError(f"root={self.root}: one image is not enough for two splits")
+        flip = self.flip and split == "train"
+        return Chosen(images, rows, labelled=self.num_classes > 0, flip=flip, seed=self.seed)
+
+    def _open(self, key: str, paths: list[Path]) -> ImageDataset:
+        """The images of a folder of class folders, or of npz files."""
+        if paths[0] not in self._opened:
+            try:
+                self._opened[paths[0]] = self._files(paths[0]) if paths[0].is_dir() else self._npz(paths)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{key}={getattr(self, key)}: {error}") from error
+        return self._opened[paths[0]]
+
+    def _npz(self, paths: list[Path]) -> NpzImages:
+        return NpzImages(paths, channels=self.channels, size=self.size, num_classes=self.num_classes)
+
+    def _files(self, folder: Path) -> IndexedFiles:
+        classes, cache = self._classes(folder), cache_folder()
+        return IndexedFiles(folder, classes, cache=cache, channels=self.channels, size=self.size, crop=self.crop)
+
+    def _classes(self, folder: Path) -> list[str]:
+        """The class folders in a folder."""
+        classes = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not classes or self.num_classes not in (0, len(classes)):
+            raise ValueError(f"{folder} has {len(classes)} class folders, not num_classes={self.num_classes}")
+        for other, images in self._opened.items():
+            if isinstance(images, IndexedFiles) and images.classes != classes:
+                raise ValueError(f"{folder} must have the same class folders as {other}")
+        return classes
+
+
+def find(root: Path, name: str) -> list[Path]:
+    """The folder of that name in root, or the npz files that begin with it; an npz file by itself is all of train."""
+    if root.suffix == ".npz":
+        return [root] if name == "train" else []
+    if (root / name).is_dir():
+        return [root / name]
+    return sorted(root.glob(f"{name}*.npz"), key=lambda path: (len(path.name), path.name))  # 10 comes after 9
