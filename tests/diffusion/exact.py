@@ -1,10 +1,25 @@
-"""Densities whose best denoiser is known in closed form."""
+"""The exact densities of the library, networks that output what they say, and laws propagated through affine steps."""
+
+from denoiselab.condition import Condition
+from denoiselab.diffusion.denoiser import NetworkDenoiser, per_sample
+from denoiselab.diffusion.exact import GAUSSIAN, MIXTURE, ExactDenoiser, Mixture
+from denoiselab.diffusion.noise import NoiseSource
+from denoiselab.diffusion.paths import Cosine, DDPMLinear, RectifiedFlow, VarianceExploding
+from denoiselab.diffusion.prediction import X0, Epsilon, V, Velocity
 
 import torch
 
-from denoiselab.diffusion.denoiser import NetworkDenoiser, Posterior, per_sample
-from denoiselab.diffusion.paths import Cosine, DDPMLinear, RectifiedFlow
-from denoiselab.diffusion.prediction import X0, Epsilon, V, Velocity
+__all__ = [
+    "GAUSSIAN",
+    "MIXTURE",
+    "PATHS",
+    "PREDICTIONS",
+    "ExactDenoiser",
+    "Mixture",
+    "law_of",
+    "network",
+    "network_denoiser",
+]
 
 # Narrowed to a closed range on which every prediction can be read.
 PATHS = {
@@ -15,62 +30,47 @@ PATHS = {
 PREDICTIONS = {"epsilon": Epsilon(), "x0": X0(), "v": V(), "velocity": Velocity()}
 
 
-class Mixture:
-    """A mixture of isotropic Gaussians: weights (K,), means (K, D), standard deviations (K,).
+def _time_told(path, c_noise):
+    """The time that a network is told on the tests' paths."""
+    if isinstance(path, VarianceExploding):
+        return 2 * c_noise.exp()
+    return (c_noise + 1 if isinstance(path, DDPMLinear) else c_noise) / 1000
 
-    E[x0 | x_t] = Σ_k r_k·(m_k + α·s_k²/(α²·s_k² + σ²)·(x_t − α·m_k)) with responsibilities r_k of N(α·m_k, α²·s_k² + σ²).
+
+def network(mixture, path, prediction):
+    """A network that outputs F = a·x0 + b·ε of the best denoiser."""
+    denoiser = mixture.denoiser(path)
+
+    def output(x, c_noise, condition):
+        t = _time_told(path, c_noise)
+        said = denoiser(x, t, condition)
+        a, b = prediction.ab(path, t)
+        return per_sample(a, x) * said.x0 + per_sample(b, x) * said.eps
+
+    return output
+
+
+def network_denoiser(mixture, path, prediction):
+    return NetworkDenoiser(network=network(mixture, path, prediction), path=path, prediction=prediction)
+
+
+def law_of(sampler, denoiser, points, mean, variance):
+    """Mean and variance of the sampler's result in each coordinate, from a start with these, independent and normal.
+
+    For data at a point or of one Gaussian every step is affine in x and the noise, so that the law is computed and not
+    estimated: row 0 of the batch is silent, row 1 starts at 1, row 2 + k hears noise 1 at step k.
     """
+    rows = len(points) + 1
 
-    def __init__(self, weights, means, stds):
-        self.weights = torch.as_tensor(weights, dtype=torch.float64)
-        self.means = torch.as_tensor(means, dtype=torch.float64)
-        self.stds = torch.as_tensor(stds, dtype=torch.float64)
+    class Impulse(NoiseSource):
+        def normal(self, purpose, shape, dtype=torch.float64):
+            z = torch.zeros(rows, *shape, dtype=torch.float64)
+            z[2 + self.step] = 1
+            return z
 
-    def x0(self, x, alpha, sigma):
-        variance = alpha**2 * self.stds**2 + sigma**2
-        difference = x[:, None] - alpha * self.means
-        log_r = (
-            self.weights.log() - difference.square().sum(-1) / (2 * variance) - self.means.shape[1] / 2 * variance.log()
-        )
-        each = self.means + (alpha * self.stds**2 / variance)[:, None] * difference
-        return (log_r.softmax(1)[..., None] * each).sum(1)
-
-    def denoiser(self, path):
-        return ExactDenoiser(path, self)
-
-    def network(self, path, prediction):
-        """A network that outputs F = a·x0 + b·ε of the best denoiser."""
-        denoiser = self.denoiser(path)
-
-        def network(x, c_noise, condition):
-            # The tests' paths have c_noise = 1000·t, or 1000·t − 1 on DDPM's grid.
-            t = (c_noise + 1 if isinstance(path, DDPMLinear) else c_noise) / 1000
-            x0, eps = denoiser(x, t, condition)
-            a, b = prediction.ab(path, t)
-            return per_sample(a, x) * x0 + per_sample(b, x) * eps
-
-        return network
-
-    def network_denoiser(self, path, prediction):
-        return NetworkDenoiser(network=self.network(path, prediction), path=path, prediction=prediction)
-
-
-class ExactDenoiser:
-    def __init__(self, path, mixture):
-        self.path, self.mixture = path, mixture
-
-    def __call__(self, x, t, condition):
-        if t.ndim and len(set(t.tolist())) > 1:
-            parts = [self(x[i : i + 1], t[i], condition) for i in range(len(x))]
-            return Posterior(torch.cat([p.x0 for p in parts]), torch.cat([p.eps for p in parts]))
-        t = t.flatten()[0] if t.ndim else t
-        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
-        x0 = self.mixture.x0(x.flatten(1), alpha, sigma).reshape(x.shape)
-        return Posterior(x0, (x - alpha * x0) / sigma)
-
-    def evaluations(self, t):
-        return 1
-
-
-MIXTURE = Mixture([0.3, 0.5, 0.2], [[1.0, -0.5], [-1.2, 0.4], [0.3, 1.5]], [0.3, 0.5, 0.2])
-GAUSSIAN = Mixture([1.0], [[0.7, -0.4]], [0.5])
+    x = torch.zeros(rows, 1, 1, denoiser.mixture.means.shape[1], dtype=torch.float64)
+    x[1] = 1
+    noise = Impulse(seed=0, index=torch.arange(rows))
+    end = sampler.integrate(denoiser, x, points, Condition(), noise).flatten(1)
+    gains = end[1:] - end[0]
+    return end[0] + gains[0] * mean, gains[0] ** 2 * variance + gains[1:].square().sum(0)

@@ -49,7 +49,7 @@ class Prediction(ABC):
 
     def pair(self, path: Path, t: Time) -> Pair:
         """Path coefficients and (a, b) at t."""
-        return Pair(path.alpha(t), path.sigma(t), *self.ab(path, t))
+        return Pair(*path.coefficients(t)[:2], *self.ab(path, t))
 
     def c_in(self, path: Path, t: Time) -> Time:
         """Factor on x_t at the network's input."""
@@ -84,25 +84,69 @@ class V(Prediction):
         return -path.sigma(t), path.alpha(t)
 
 
+class Score(Prediction):
+    """F = ∇ ln p(x_t) = −ε/σ (Song et al. 2021, eq. 7)."""
+
+    def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
+        """(0, −1/σ)."""
+        return torch.zeros_like(t), -1 / path.sigma(t)
+
+
+class EDM(Prediction):
+    """The preconditioned network of EDM, on any path: input and target have unit variance, errors are not amplified.
+
+    With V = α²·σ_d² + σ² (the variance of x_t): c_in = 1/√V, and x0 = c_skip·x_t + c_out·F with c_skip = α·σ_d²/V and
+    c_out = σ·σ_d/√V, so that F = (σ·x0 − α·σ_d²·ε)/(σ_d·√V). On α = 1 these are eq. 7 and table 1.
+
+    Args:
+        sigma_data: standard deviation σ_d of the data; 0.5 for images in [−1, 1]. Positive.
+
+    Source: Karras et al. 2022, eq. 7 and appendix B.6.
+    """
+
+    def __init__(self, *, sigma_data: float = 0.5) -> None:
+        if not sigma_data > 0:
+            raise ValueError(f"sigma_data={sigma_data}: must be positive")
+        self.sigma_data = sigma_data
+
+    def _std(self, path: Path, t: Time) -> Time:
+        alpha, sigma = path.coefficients(t)[:2]
+        return (alpha.square() * self.sigma_data**2 + sigma.square()).sqrt()
+
+    def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
+        """(σ/(σ_d·√V), −α·σ_d/√V)."""
+        std = self._std(path, t)
+        return path.sigma(t) / (self.sigma_data * std), -path.alpha(t) * self.sigma_data / std
+
+    def c_in(self, path: Path, t: Time) -> Time:
+        """1/√V."""
+        return 1 / self._std(path, t)
+
+    def c_noise(self, path: Path, t: Time) -> Time:
+        """ln(σ/α)/4, which is −λ/8."""
+        return -path.log_snr(t) / 8
+
+
 class Velocity(Prediction):
     """F = dx_t/dt = α̇·x0 + σ̇·ε (Lipman et al. 2023, eq. 9; Liu et al. 2022, eq. 1)."""
 
     def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
         """(α̇, σ̇)."""
-        return path.d_alpha(t), path.d_sigma(t)
+        return path.coefficients(t)[2:]
 
 
 def check_legal(path: Path, prediction: Prediction, bound: float = 1e5) -> None:
     """Refuse a prediction from which x0 or ε cannot be read somewhere on the path.
 
     Raises:
-        ValueError: if max(α, σ)/|det| exceeds `bound` anywhere on the closed range [t_min, t_max].
+        ValueError: if max(α, σ)/|det| exceeds `bound`, or the network's time input is infinite, anywhere on [t_min, t_max].
     """
     t = torch.linspace(path.t_min, path.t_max, 1025, dtype=torch.float64, device="cpu")
     pair = prediction.pair(path, t)
     gain = torch.maximum(pair.alpha, pair.sigma) / pair.det.abs()
-    if not bool((gain <= bound).all()):
-        at = float(t[(~(gain <= bound)).nonzero()[0]])
+    legal = (gain <= bound) & prediction.c_noise(path, t).isfinite()
+    if not bool(legal.all()):
+        at = float(t[(~legal).nonzero()[0]])
         raise ValueError(
             f"prediction={prediction.name}: x0 and noise cannot be read from it on {type(path).__name__} at t={at:g}; "
             "choose another prediction or narrow the path, for example objective.path.t_max=0.999"
