@@ -1,4 +1,4 @@
-"""train, sample and evaluate as functions of a composed config, and their command lines; the only importer of hydra."""
+"""train, sample, evaluate, … as functions of a composed config, and their command lines; the only importer of hydra."""
 
 from __future__ import annotations
 
@@ -18,3 +18,13 @@ def sample_command() -> None:
 def evaluate_command() -> None:
     """`denoiselab-evaluate`."""
     command("evaluate", "denoiselab.app.evaluate:evaluate")
+
+
+def certify_command() -> None:
+    """`denoiselab-certify`."""
+    command("certify", "denoiselab.app.certify:certify")
+
+
+def convert_command() -> None:
+    """`denoiselab-convert`."""
+    command("convert", "denoiselab.app.convert:convert")

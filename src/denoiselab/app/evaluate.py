@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from denoiselab.app.build import check_keys, check_metrics, load_trained, make
 from denoiselab.app.sample import SAMPLE_KEYS, run_folder
+from denoiselab.codecs.rgb import RGB
 from denoiselab.data.datamodule import ImageDataModule
 from denoiselab.diffusion.noise import hash64
 from denoiselab.evaluation.generate import draw
 from denoiselab.evaluation.metrics import Metrics
 from denoiselab.evaluation.pictures import read_images
 from denoiselab.evaluation.records import Number, sampling_protocol
-from denoiselab.reports.console import print_results
+from denoiselab.reports.console import print_results, sampler_line
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import write_json
 from denoiselab.training.trainer import free_cores
@@ -48,8 +48,8 @@ def evaluate(options: dict[str, Any], choices: dict[str, str], overrides: list[s
 
 
 def _check(config: dict[str, Any], metrics: Metrics, data: ImageDataModule) -> None:
-    if metrics.num_samples == 0:
-        raise ConfigError("metrics=none: nothing to measure; name metrics=digits or metrics=fid")
+    if metrics.num_samples == 0 and metrics.bits_per_dim is None:
+        raise ConfigError("metrics=none: nothing to measure; name metrics=digits, metrics=fid or metrics=bits_per_dim")
     try:
         data.check()
     except ValueError as error:
@@ -77,27 +77,33 @@ def _measure_run(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number],
     trained = load_trained(options, ("sampler", "guidance", "metrics", "datamodule"))
     parts, metrics = trained.parts, trained.parts.metrics
     _check(trained.config, metrics, parts.data)
-    images: Tensor
-    images, labels = draw(
-        trained.denoiser,
-        parts.sampler,
-        count=metrics.num_samples,
-        num_classes=parts.data.num_classes,
-        shape=parts.shape,
-        codec=parts.codec,
-        seed=metrics.seed,
-        batch_size=options["batch_size"],
-        device=trained.device,
-    )
+    if metrics.bits_per_dim is not None and not isinstance(parts.codec, RGB):
+        raise ConfigError("metrics.bits_per_dim: is of pixels, and this codec has none; use metrics.bits_per_dim=null")
     nfe = parts.sampler.plan(trained.denoiser)[1]
     protocol = sampling_protocol(trained.config, weights=trained.weights, seed=metrics.seed, nfe=nfe)
+    protocol |= {"step": trained.step}
+    numbers: list[Number] = []
     if metrics.extractor is not None:
+        images, labels = draw(
+            trained.denoiser,
+            parts.sampler,
+            count=metrics.num_samples,
+            num_classes=parts.data.num_classes,
+            shape=parts.shape,
+            codec=parts.codec,
+            seed=metrics.seed,
+            batch_size=options["batch_size"],
+            device=trained.device,
+        )
         metrics.extractor.to(trained.device)
-    numbers = metrics.measure(images, labels, parts.data, protocol | {"step": trained.step})
+        numbers += metrics.measure(images, labels, parts.data, protocol)
+    if metrics.bits_per_dim is not None:
+        solver = {key: protocol[key] for key in ("guidance", "weights", "step")}
+        numbers.append(metrics.bits_per_dim.measure(trained.denoiser, parts.codec, parts.data, trained.device, solver))
     facts = {
         "checkpoint": trained.checkpoint,
         "weights": f"{trained.weights}, step {trained.step}",
-        "sampler": f"{type(parts.sampler).__name__}, {nfe} NFE",
+        "sampler": sampler_line(parts.sampler, nfe),
     }
     name = f"step_{trained.step:07d}_{trained.weights}_{hash64(str(numbers[0].protocol)) & 0xFFFFFFFF:08x}.json"
     return facts, numbers, run_folder(trained.checkpoint) / "evaluations" / name

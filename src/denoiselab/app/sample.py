@@ -12,7 +12,7 @@ from rich.console import Console
 from denoiselab.app.build import check_keys, load_trained
 from denoiselab.evaluation.generate import balanced_labels, generate
 from denoiselab.evaluation.pictures import image_grid, save_images
-from denoiselab.reports.console import print_results
+from denoiselab.reports.console import print_results, sampler_line
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import write_json
 from denoiselab.training.checkpoint import FOLDER
@@ -87,7 +87,7 @@ def sample(options: dict[str, Any], choices: dict[str, str], overrides: list[str
     shown = {
         "checkpoint": trained.checkpoint,
         "weights": f"{trained.weights}, step {trained.step}",
-        "sampler": f"{type(parts.sampler).__name__}, {facts['nfe']} NFE",
+        "sampler": sampler_line(parts.sampler, facts["nfe"]),
         "samples": f"{count}, seed {options['seed']}",
         "output": output,
     }

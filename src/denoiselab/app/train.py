@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from denoiselab.app.build import Parts, Training, make, make_module, make_network, make_training
 from denoiselab.evaluation.records import Number
-from denoiselab.reports.console import print_results
+from denoiselab.reports.console import print_results, sampler_line
 from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.folder import (
     COMMAND,
@@ -123,7 +123,7 @@ def train_here(config: dict[str, Any], folder: str, threads: int, parts: Parts, 
             "network": f"{type(network).__name__}, {parameters:,} parameters",
             "training": f"{trainer.max_steps:,} steps of {parts.data.batch_size} images; "
             f"processes: {trainer.world_size}, threads each: {threads}",
-            "sampling": f"{config['sampler']['_target_'].rpartition('.')[2]}, {nfe} NFE",
+            "sampling": sampler_line(parts.sampler, nfe),
         }
         print_results(console, facts, [])
         log.info(" · ".join(f"{k}: {v}" for k, v in facts.items()))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from denoiselab.evaluation.bits import BitsPerDim
 from denoiselab.evaluation.distances import frechet_distance, nearest_distance, precision_recall, statistics
 from denoiselab.evaluation.features import Extractor, Features
 from denoiselab.evaluation.records import Number, count_name
@@ -38,6 +39,7 @@ class Metrics:
         batch_size: images per pass of the extractor.
         recall: whether precision and recall are measured.
         seed: keys the samples drawn for the metrics, and the choice of test images behind the floors.
+        bits_per_dim: the likelihood of test images, measured by `evaluate`; null: not measured.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -52,6 +54,7 @@ class Metrics:
         batch_size: int = 250,
         recall: bool = True,
         seed: int = 0,
+        bits_per_dim: BitsPerDim | None = None,
     ) -> None:
         if bool(counts) != (extractor is not None):
             needed = "at least one sample count" if extractor else "empty without an extractor"
@@ -66,6 +69,7 @@ class Metrics:
             raise ValueError(f"seed={seed}: must be at least 0")
         self.extractor, self.counts, self.every = extractor, sorted(set(counts)), every
         self.batch_size, self.recall, self.seed = batch_size, recall, seed
+        self.bits_per_dim = bits_per_dim
         self._floors: dict[tuple[Any, ...], dict[str, float]] = {}
 
     @property

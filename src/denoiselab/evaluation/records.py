@@ -44,14 +44,14 @@ class Number:
         return cls(**values)
 
 
-def sampling_protocol(config: dict[str, Any], *, weights: str, seed: int, nfe: int) -> dict[str, Any]:
+def sampling_protocol(config: dict[str, Any], *, weights: str, seed: int, nfe: int | None) -> dict[str, Any]:
     """How samples are made, for the record beside a number.
 
     Args:
         config: with the nodes `sampler` and `guidance` that were used.
         weights: "raw" or the name of an average.
         seed: of the noise.
-        nfe: network evaluations per sample.
+        nfe: network evaluations per sample; None if the solver chooses them.
     """
     return {key: config[key] for key in ("sampler", "guidance")} | {
         "nfe": nfe,

@@ -25,6 +25,11 @@ def numbers_table(numbers: Sequence[Number]) -> Table:
     return table
 
 
+def sampler_line(sampler: object, nfe: int | None) -> str:
+    """A sampler and what a sample of it costs."""
+    return f"{type(sampler).__name__}, {'as many NFE as it needs' if nfe is None else f'{nfe} NFE'}"
+
+
 def print_results(console: Console, facts: dict[str, Any], numbers: Sequence[Number]) -> None:
     """The closing page of a job."""
     console.print()
