@@ -5,7 +5,7 @@ import torch
 from tiny import TinyNetwork, equal, fit, tiny_module, weights_of
 from torch import nn
 
-from denoiselab.training.ema import EMA
+from denoiselab.training.ema import EMA, half_life_ema
 
 
 def moved(network, by):
@@ -48,6 +48,32 @@ def test_warmup_starts_with_a_tenth_of_the_old_average():
     moved(network, 1.0)
     ema.update(network)
     torch.testing.assert_close(ema.averages["ema"]["bias"], before + 0.9)
+
+
+@pytest.mark.parametrize("batch_size", [64, 512])
+def test_the_half_life_ramps_up_as_in_edm(batch_size):
+    ema = half_life_ema(half_lives={"ema": 500.0, "short": 20.0}, batch_size=batch_size, ramp_up=0.05)
+    for n in (0, 1, 2, 100, 2000, 20_000, 200_000):
+        ema.updates = n
+        for name, kimg in (("ema", 500), ("short", 20)):
+            images = max(min(1000 * kimg, 0.05 * n * batch_size), 1e-8)  # EDM's training_loop.py, "Update EMA"
+            assert ema.bounded(ema.decays[name]) == pytest.approx(0.5 ** (batch_size / images), rel=1e-12)
+    network = small_network()
+    ema.start(network)
+    moved(network, 1.0)
+    ema.update(network)
+    assert torch.equal(ema.averages["ema"]["weight"], network.weight)  # nothing is left of the initial weights
+
+
+def test_after_a_half_life_of_images_half_of_the_old_average_is_left():
+    network = small_network()
+    ema = half_life_ema(half_lives={"ema": 1.0}, batch_size=100, ramp_up=None)
+    ema.start(network)
+    before = network.weight.detach().clone()
+    moved(network, 2.0)
+    for _ in range(10):
+        ema.update(network)
+    torch.testing.assert_close(ema.averages["ema"]["weight"], before + 1.0)
 
 
 def test_several_averages_run_side_by_side():
@@ -190,3 +216,10 @@ def test_a_state_dict_goes_round():
 def test_bad_decays(decays, message):
     with pytest.raises(ValueError, match=message):
         EMA(decays=decays)
+
+
+def test_bad_half_lives_and_ramp_ups():
+    with pytest.raises(ValueError, match=r"^half_lives.ema=0: must be positive$"):
+        half_life_ema(half_lives={"ema": 0}, batch_size=512)
+    with pytest.raises(ValueError, match=r"^ramp_up=0.0: must be positive, or null$"):
+        EMA(decays={"ema": 0.5}, ramp_up=0.0)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,9 @@ from tiny import CLASSES, TinyData, equal, fit, tiny_module, tiny_objective, wei
 
 from denoiselab.data.order import GlobalBatchSampler
 from denoiselab.diffusion.coupling import Independent
-from denoiselab.diffusion.time_sampling import Uniform
+from denoiselab.diffusion.time_sampling import LossImportance, Uniform
+from denoiselab.diffusion.weighting import LearnedUncertainty, Unit
+from denoiselab.runs.launch import launch
 from denoiselab.training.schedule import Schedule
 from denoiselab.training.trainer import TrainerSettings
 
@@ -214,3 +217,78 @@ def test_the_guidance_is_left_out_when_asked():
         assert denoiser[0] == "guided"
     with module.denoiser(guided=False) as denoiser:
         assert denoiser.network is module.network
+
+
+class Elementwise(torch.nn.Module):
+    """A network whose losses are rounded in the same way in every batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x, t, condition):
+        return self.factor * torch.sin(3 * x) * (1 + t / 500)[:, None, None, None]
+
+
+def importance_module():
+    """Its weights stand still: the sum of a gradient is rounded in another way in every batch."""
+    weighting = LearnedUncertainty(over=Unit(), channels=4)
+    objective = tiny_objective(time_sampling=LossImportance(bins=2), weighting=weighting)
+    return tiny_module(network=Elementwise(), objective=objective, optimizer=partial(torch.optim.SGD, lr=0.0))
+
+
+def history(module):
+    return {key: value.clone() for key, value in module.objective.time_sampling.state_dict().items()}
+
+
+def train_importance(folder: str) -> None:
+    """One of two ranks."""
+    module, run_dir = importance_module(), Path(folder)
+    settings = TrainerSettings(accelerator="cpu", devices=2, max_steps=6, val_every=1000)
+    settings.build(run_dir, [], []).fit(module, datamodule=TinyData())
+    saved = (history(module), module.objective.weighting.linear.grad)
+    torch.save(saved, run_dir / f"rank_{module.global_rank}.pt")
+
+
+def test_the_loss_history_does_not_depend_on_ranks_or_accumulation(tmp_path):
+    told = []
+    whole = importance_module()
+    observe = whole.objective.observe
+    whole.objective.observe = lambda t, loss: (told.append(len(t)), observe(t, loss))
+    fit(whole, tmp_path, steps=6)
+    assert told == [8] * 6  # once per step, of the whole batch
+    law = whole.objective.time_sampling
+    assert law.count.sum() == 6 * 8
+    assert law.probabilities()[0] != 0.5  # it has taken effect
+    halves = importance_module()
+    fit(halves, tmp_path, steps=6, accumulate=2)
+    assert equal(history(halves), history(whole))
+    launch(train_importance, (str(tmp_path),), 2)
+    for rank in (0, 1):
+        found, gradient = torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True)
+        assert equal(found, history(whole))
+        torch.testing.assert_close(gradient, whole.objective.weighting.linear.grad)  # the mean over the ranks
+
+
+def learning_module():
+    weighting = LearnedUncertainty(over=Unit(), channels=4)
+    return tiny_module(objective=tiny_objective(time_sampling=LossImportance(bins=2), weighting=weighting))
+
+
+def test_what_an_objective_learns_is_trained_saved_and_resumed(tmp_path):
+    whole, saved, resumed = learning_module(), learning_module(), learning_module()
+    fit(whole, tmp_path, steps=6)
+    trainer = fit(saved, tmp_path, steps=4)
+    assert saved.objective.weighting.linear.ne(0).all()
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    fit(resumed, tmp_path, steps=6, resume=tmp_path / "saved.ckpt")
+    assert not equal(saved.objective.state_dict(), whole.objective.state_dict())
+    assert equal(resumed.objective.state_dict(), whole.objective.state_dict())
+    assert equal(weights_of(resumed), weights_of(whole))
+
+
+def test_other_objectives_are_told_nothing(tmp_path):
+    module = tiny_module()
+    module.objective.observe = module.all_gather = lambda *_: pytest.fail("nobody has asked")
+    fit(module, tmp_path, steps=2)
+    assert module.seen == []

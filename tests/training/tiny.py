@@ -10,6 +10,7 @@ from torch import nn
 from denoiselab.codecs.rgb import RGB
 from denoiselab.data.datamodule import ImageDataModule
 from denoiselab.data.dataset import InMemoryImages
+from denoiselab.data.augmentation import NoAugmentation
 from denoiselab.diffusion.coupling import Independent
 from denoiselab.diffusion.grids import Uniform as UniformGrid
 from denoiselab.diffusion.guidance import unguided
@@ -72,6 +73,7 @@ def tiny_module(*, dropout=0.0, batch_size=8, **changes):
         "network": TinyNetwork(dropout),
         "objective": tiny_objective(),
         "codec": RGB(),
+        "augmentation": NoAugmentation(dim=0),
         "sampler": Euler(grid=UniformGrid(), steps=2),
         "guidance": unguided,
         "optimizer": partial(torch.optim.AdamW, lr=0.01),

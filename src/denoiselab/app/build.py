@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from denoiselab.condition import Condition
+from denoiselab.data.augmentation import EDMAugmentation, NoAugmentation
 from denoiselab.data.datamodule import ImageDataModule
-from denoiselab.diffusion.denoiser import NetworkDenoiser
+from denoiselab.data.order import micro_batch_size
+from denoiselab.diffusion.denoiser import Denoiser, NetworkDenoiser
+from denoiselab.diffusion.guidance import chain
 from denoiselab.diffusion.noise import hash64
 from denoiselab.diffusion.objective import Objective
 from denoiselab.diffusion.samplers import Sampler
@@ -47,6 +52,7 @@ GROUPS = (
     "ema",
     "metrics",
     "codec",
+    "augmentation",
     "trainer",
     "logger",
 )
@@ -103,6 +109,7 @@ class Parts:
 
     data: ImageDataModule
     codec: Codec
+    augmentation: NoAugmentation | EDMAugmentation
     objective: Objective
     sampler: Sampler
     guidance: Any
@@ -110,12 +117,23 @@ class Parts:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network sees."""
-        return self.codec.shape(self.data.channels, *self.data.size)
+        """(C, H, W) of what the network sees.
+
+        Raises:
+            ConfigError: if the codec is not for such images.
+        """
+        try:
+            return self.codec.shape(self.data.channels, *self.data.size)
+        except ValueError as error:
+            raise ConfigError(f"datamodule.{error}") from error
 
 
-def make_parts(config: dict[str, Any]) -> Parts:
+def make_parts(config: dict[str, Any], trust: Sequence[str] = ()) -> Parts:
     """Build and check what training, sampling and measuring share.
+
+    Args:
+        config: of the run, plain data with checked types.
+        trust: packages whose classes the checkpoint of a guide may name.
 
     Raises:
         ConfigError: if a value is refused, or two choices do not fit together.
@@ -123,30 +141,94 @@ def make_parts(config: dict[str, Any]) -> Parts:
     parts = Parts(
         data=make(config, "datamodule"),
         codec=make(config, "codec"),
+        augmentation=make(config, "augmentation") if "augmentation" in config else NoAugmentation(dim=0),
         objective=make(config, "objective"),
         sampler=make(config, "sampler"),
         guidance=make(config, "guidance"),
         metrics=make(config, "metrics"),
     )
-    plain = parts.objective.denoiser(nn.Identity())
-    try:
-        guided = parts.guidance(plain)
-    except ValueError as error:
-        raise ConfigError(f"guidance.{error}") from error
-    if getattr(guided, "needs_null", False):
-        scale = config["guidance"]["scale"]
-        if parts.data.num_classes == 0:
-            raise ConfigError(f"guidance.scale={scale}: the data has no class labels to guide by; use guidance=none")
-        if parts.objective.label_dropout == 0:
-            raise ConfigError(
-                f"guidance.scale={scale}: needs a network trained without labels at times; set "
-                "objective.label_dropout above 0"
-            )
+    layers = {path: _with_guide(layer, path, parts, config, trust) for path, layer in _layers(parts.guidance).items()}
+    guided = _check_guidance(parts, layers)
+    if getattr(parts.sampler, "variance", None) == "learned" and not parts.objective.learned_variance:
+        raise ConfigError("sampler.variance=learned: needs objective.learned_variance=true, or choose small or large")
     try:
         parts.sampler.plan(guided)
     except ValueError as error:
         raise ConfigError(f"sampler.{error}") from error
-    return parts
+    return replace(parts, guidance=partial(chain, parts=layers))
+
+
+def _layers(guidance: Any, path: str = "guidance") -> dict[str, Any]:
+    """Each guidance of a chain in order, by where it stands in the config."""
+    if not callable(guidance):
+        raise ConfigError(f"{path}={show(guidance)}: must be a guidance, or null")
+    if not (isinstance(guidance, partial) and guidance.func is chain):
+        return {path: guidance}
+    if "parts" not in guidance.keywords:
+        raise ConfigError(f"{path}.parts: is missing; a chain needs it")
+    layers: dict[str, Any] = {}
+    for key, part in guidance.keywords["parts"].items():
+        layers |= {} if part is None else _layers(part, f"{path}.parts.{key}")
+    return layers
+
+
+def _check_guidance(parts: Parts, layers: dict[str, Any]) -> Denoiser:
+    """The guided denoiser, without a network.
+
+    Raises:
+        ConfigError: if a layer is refused, or asks without labels what was not trained so.
+    """
+    guided: Any = parts.objective.denoiser(nn.Identity())
+    for path, layer in layers.items():
+        try:
+            guided = layer(guided)
+        except ValueError as error:
+            raise ConfigError(f"{path}.{error}") from error
+        if getattr(guided, "needs_null", False):
+            given = f"{path}.scale={guided.scale}" if hasattr(guided, "scale") else path
+            if parts.data.num_classes == 0:
+                raise ConfigError(f"{given}: the data has no class labels to guide by; use guidance=none")
+            if parts.objective.label_dropout == 0:
+                raise ConfigError(
+                    f"{given}: needs a network trained without labels at times; set objective.label_dropout above 0"
+                )
+    return guided
+
+
+class _OnDemand:
+    """A frozen network that follows its input from device to device."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network.eval().requires_grad_(False)
+
+    def __call__(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return self.network.to(x.device)(x, t, condition)
+
+
+def _with_guide(layer: Any, path: str, parts: Parts, config: dict[str, Any], trust: Sequence[str]) -> Any:
+    """A layer of guidance in which the network of a second run stands for the name of that run."""
+    given = layer.keywords if isinstance(layer, partial) else {}
+    source = given.get("guide")
+    if not isinstance(source, str):
+        return layer
+    loaded, state = _read_weights(source, given.get("guide_weights"), f"{path}.guide", f"{path}.guide_weights")
+    theirs = loaded["config"]
+    try:
+        check_targets(theirs, trust)
+        check_types({key: theirs[key] for key in ("objective", "backbone")})
+        if theirs["codec"] != config["codec"]:
+            raise ConfigError(f"codec={show(theirs['codec'])}: this run has {show(config['codec'])}")
+        objective = make(theirs, "objective")
+        check_network(theirs, replace(parts, objective=objective))
+        network = make_network(theirs)
+    except ConfigError as error:
+        raise ConfigError(f"{path}.guide={source}: its network does not fit: {error}") from error
+    misfits = fit(state, network)
+    if misfits:
+        raise ConfigError(f"{path}.guide={source}: does not fit its own config: {misfits}")
+    network.load_state_dict(state)
+    others = {key: value for key, value in given.items() if key not in ("guide", "guide_weights")}
+    return partial(layer.func, **others, guide=objective.denoiser(_OnDemand(network)))
 
 
 def make_network(config: dict[str, Any], *, device: str | None = None) -> nn.Module:
@@ -165,10 +247,15 @@ def check_network(config: dict[str, Any], parts: Parts) -> nn.Module:
     Raises:
         ConfigError: if the backbone does not fit the data.
     """
-    node = config["backbone"]
+    node, knows = config["backbone"], config["backbone"].get("augment_dim", 0)
     for key, value in (("num_classes", parts.data.num_classes), ("channels", parts.shape[0])):
         if key in node and node[key] != value:
             raise ConfigError(f"backbone.{key}={show(node[key])}: the data has {value}")
+    if parts.augmentation.dim not in (0, knows):
+        raise ConfigError(
+            f"augmentation.dim={parts.augmentation.dim}: the backbone is told {knows} numbers of how images were changed, and "
+            "samples would look changed too; use augmentation=none or a backbone with that augment_dim"
+        )
     network = make_network(config, device="meta")
     with torch.device("meta"):
         x, t, label = torch.zeros(2, *parts.shape), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
@@ -176,8 +263,10 @@ def check_network(config: dict[str, Any], parts: Parts) -> nn.Module:
             output = network(x, t, Condition(label=label if parts.data.num_classes else None))
         except (RuntimeError, ValueError, AssertionError) as error:
             raise ConfigError(f"backbone: cannot take images of shape {parts.shape} ({error})") from error
-    if output.shape != x.shape:
-        raise ConfigError(f"backbone: makes {tuple(output.shape[1:])} of images of shape {parts.shape}")
+    channels, learned = parts.shape[0], parts.objective.learned_variance
+    if output.shape != (2, channels * (2 if learned else 1), *parts.shape[1:]):
+        wanted = " and a learned variance" if learned else ""
+        raise ConfigError(f"backbone: makes {tuple(output.shape[1:])} of images of shape {parts.shape}{wanted}")
     return network
 
 
@@ -218,6 +307,14 @@ def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
     settings = training.settings
     _check_optimizer(config["optimizer"], training.optimizer)
     _refuse("datamodule.", lambda: parts.data.check_batch(settings.world_size, settings.accumulate))
+    micro_batch = micro_batch_size(parts.data.batch_size, settings.world_size, settings.accumulate)
+    _refuse("objective.coupling.", lambda: parts.objective.coupling.check(micro_batch))
+    if parts.augmentation.dim and parts.data.flip:
+        raise ConfigError("datamodule.flip=true: the augmentation mirrors images itself; use datamodule.flip=false")
+    if parts.augmentation.dim and parts.shape != (parts.data.channels, *parts.data.size):
+        raise ConfigError(
+            f"augmentation.dim={parts.augmentation.dim}: changes pixels, and this codec has none; use codec=rgb"
+        )
     _refuse("datamodule.", parts.data.check)
     check_metrics(config, parts.metrics, parts.data)
     if config["init_from"] is None and config["init_weights"] is not None:
@@ -236,6 +333,7 @@ def make_module(config: dict[str, Any], parts: Parts, training: Training, networ
         network=network,
         objective=parts.objective,
         codec=parts.codec,
+        augmentation=parts.augmentation,
         sampler=parts.sampler,
         guidance=parts.guidance,
         optimizer=training.optimizer,
@@ -301,18 +399,25 @@ def find_checkpoint(run: str | None, checkpoint: str | None, runs: str) -> Path:
 
 def _initial_weights(source: str, weights: str | None, network: nn.Module) -> dict[str, Tensor]:
     """The weights of another run, if they fit the network."""
-    path = Path(source)
-    try:
-        loaded = load_checkpoint(newest_checkpoint(path) if path.is_dir() else path)
-        state = network_weights(loaded, weights or next(iter(loaded["ema"]), "raw"))
-    except ValueError as error:
-        key, _, reason = str(error).partition(": ")
-        given = f"init_weights={weights}" if key.startswith("weights=") else f"init_from={source}"
-        raise ConfigError(f"{given}: {reason}") from error
+    _, state = _read_weights(source, weights, "init_from", "init_weights")
     misfits = fit(state, network)
     if misfits:
         raise ConfigError(f"init_from={source}: the network differs: {misfits}")
     return state
+
+
+def _read_weights(
+    source: str, weights: str | None, source_key: str, weights_key: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint, given as run folder or file, and its weights of a name (None: the first average); keys for messages."""
+    path = Path(source)
+    try:
+        loaded = load_checkpoint(newest_checkpoint(path) if path.is_dir() else path)
+        return loaded, network_weights(loaded, weights or next(iter(loaded["ema"]), "raw"))
+    except ValueError as error:
+        key, _, reason = str(error).partition(": ")
+        given = f"{weights_key}={weights}" if key.startswith("weights=") else f"{source_key}={source}"
+        raise ConfigError(f"{given}: {reason}") from error
 
 
 def fit(state: dict[str, Tensor], network: nn.Module) -> str:
@@ -371,7 +476,7 @@ def load_trained(options: dict[str, Any], replace: tuple[str, ...]) -> Trained:
     if options["nfe"] is not None or options["steps"] is not None:
         config["sampler"] = config["sampler"] | {"nfe": options["nfe"], "steps": options["steps"]}
     check_types(config)
-    parts = make_parts(config)
+    parts = make_parts(config, options["trust"])
     network = make_network(config)
     misfits = fit(state, network)
     if misfits:

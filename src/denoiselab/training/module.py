@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import lightning
@@ -29,12 +30,20 @@ class Codec(Protocol):
         """(C, H, W) of what the network sees of images of this shape."""
         ...
 
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 images to what the network sees."""
+    def encode(self, images: Tensor, noise: NoiseSource | None = None) -> Tensor:
+        """uint8 images to what the network sees; codecs that draw do so from `noise`, or take their mean without it."""
         ...
 
     def decode(self, x: Tensor) -> Tensor:
         """What the network draws to uint8 images."""
+        ...
+
+
+class Augmentation(Protocol):
+    """Changes training images, and says how in numbers that a network can be told."""
+
+    def __call__(self, images: Tensor, noise: NoiseSource) -> tuple[Tensor, Tensor | None]:
+        """What the network sees, augmented, and the labels (B, K); None if nothing is ever changed."""
         ...
 
 
@@ -45,6 +54,7 @@ class DiffusionModule(lightning.LightningModule):
         network: `network(x, t, condition)`.
         objective: path, prediction and loss.
         codec: pixels to what the network sees, and back.
+        augmentation: of training images; samples never see it.
         sampler: how samples are drawn for pictures and metrics.
         guidance: makes a guided denoiser of a denoiser.
         optimizer: makes an optimizer of parameters.
@@ -63,6 +73,7 @@ class DiffusionModule(lightning.LightningModule):
         network: nn.Module,
         objective: Objective,
         codec: Codec,
+        augmentation: Augmentation,
         sampler: Sampler,
         guidance: Callable[[Denoiser], Denoiser],
         optimizer: Callable[..., Optimizer],
@@ -76,11 +87,12 @@ class DiffusionModule(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.network, self.objective, self.codec = network, objective, codec
-        self.sampler, self.guidance = sampler, guidance
+        self.augmentation, self.sampler, self.guidance = augmentation, sampler, guidance
         self.make_optimizer, self.schedule, self.ema = optimizer, schedule, ema
         self.seed, self.batch_size, self.config = seed, batch_size, config
         self.shape, self.num_classes = shape, num_classes
         self.grad_norm = torch.zeros(())
+        self.seen: list[Tensor] = []  # place, t and loss of this step's samples, for an objective that observes them
         self.waiting_since = time.perf_counter()  # when the last step ended and the next batch was asked for
         self.ema.start(network)
 
@@ -90,7 +102,10 @@ class DiffusionModule(lightning.LightningModule):
         # Dropout layers draw from the global generator: only the seed and this micro-batch decide what they draw.
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         torch.manual_seed(hash64(self.seed, "dropout", self.global_step, micro_batch, self.global_rank))
-        loss, t = self.objective(self.network, self.codec.encode(batch["image"]), condition_of(batch), noise)
+        x0, changes = self.augmentation(self.codec.encode(batch["image"], noise), noise)
+        loss, t = self.objective(self.network, x0, replace(condition_of(batch), augment=changes), noise)
+        if self.objective.observes:
+            self.seen.append(torch.stack((batch["place"].to(t.dtype), t, loss.detach().to(t.dtype))))
         return {"loss": loss.mean(), "losses": loss.detach(), "t": t}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
@@ -120,9 +135,16 @@ class DiffusionModule(lightning.LightningModule):
         self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The step (Lightning calls this once per accumulated batch), then the averages."""
+        """The step (Lightning calls this once per accumulated batch), then the averages and what the objective learns."""
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self.network)
+        if self.seen:
+            gathered = self.all_gather(torch.cat(self.seen, dim=1))
+            assert isinstance(gathered, Tensor)  # (ranks, 3, samples); without ranks (3, samples)
+            place, t, loss = gathered.movedim(-2, 0).flatten(1)
+            order = place.argsort()
+            self.objective.observe(t[order], loss[order])
+            self.seen = []
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Callbacks are done (Lightning calls them first): from here on the loop waits for data."""

@@ -64,10 +64,13 @@ class TrainingMonitor(Callback):
         """Add a micro-batch; log if a multiple of `every` has just been reached."""
         assert isinstance(pl_module, DiffusionModule)
         self._seconds += time.perf_counter() - pl_module.waiting_since
-        which = torch.bucketize(pl_module.objective.path.log_snr(outputs["t"]), self.edges)
+        objective, t = pl_module.objective, outputs["t"]
+        which = torch.bucketize(objective.path.log_snr(t), self.edges)
+        weight = objective.time_sampling.weight(objective.path, t)
         losses = outputs["losses"].to(self.sums.dtype)
         self.sums.index_put_((torch.zeros_like(which), which), losses, accumulate=True)
-        self.sums.index_put_((torch.ones_like(which), which), torch.ones_like(losses), accumulate=True)
+        counts = weight.to(losses)  # 1, but for times drawn by importance, whose losses carry this weight
+        self.sums.index_put_((torch.ones_like(which), which), counts, accumulate=True)
         self._samples += len(losses)
         step_done = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         if step_done and trainer.global_step % self.every == 0:
