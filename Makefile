@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install train sample evaluate test test-slow check format clean
+.PHONY: help install train sample evaluate certify convert test test-slow check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -27,6 +27,12 @@ sample: $(INSTALLED)  ## draw from the newest run; ARGS="num_samples=200 output=
 
 evaluate: $(INSTALLED)  ## measure the newest run
 	$(BIN)/python scripts/evaluate.py $(ARGS)
+
+certify: $(INSTALLED)  ## certify every sampler, path and prediction against exact answers, in some minutes
+	$(BIN)/python scripts/certify.py $(ARGS)
+
+convert: $(INSTALLED)  ## weights from and for elsewhere; ARGS="run=<run> to=diffusers output=<folder>"
+	$(BIN)/python scripts/convert.py $(ARGS)
 
 test: check  ## check, then the default tests with coverage
 	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)

@@ -218,3 +218,13 @@ def test_a_foreign_guide_runs_none_of_its_code(part, other_run, tiny_run, tmp_pa
             f"config error: guidance.guide=foreign.ckpt: its network does not fit: {part}._target_=os."
         )
         assert files_below(tmp_path) == ["foreign.ckpt"]
+
+
+def test_a_guide_is_pinned_by_its_digest(other_run, tiny_run, tmp_path):
+    auto = ["guidance=autoguidance", f"guidance.guide={other_run}"]
+    _, record = drawn(tmp_path, tiny_run, *auto)
+    digest = record["guidance"]["guide_sha256"]
+    assert len(digest) == 64
+    _, raw = drawn(tmp_path, tiny_run, *auto, "guidance.guide_weights=raw")
+    assert raw["guidance"]["guide_sha256"] != digest
+    assert refusal(*auto, f"guidance.guide_sha256={'0' * 64}").endswith(f"the weights of {other_run} have {digest}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -226,9 +227,25 @@ def _with_guide(layer: Any, path: str, parts: Parts, config: dict[str, Any], tru
     misfits = fit(state, network)
     if misfits:
         raise ConfigError(f"{path}.guide={source}: does not fit its own config: {misfits}")
+    digest = _digest(state)
+    if given.get("guide_sha256") not in (None, digest):
+        raise ConfigError(f"{path}.guide_sha256={given['guide_sha256']}: the weights of {source} have {digest}")
+    node = config
+    for key in path.split("."):
+        node = node[key]
+    node["guide_sha256"] = digest  # the config is what numbers and checkpoints carry
     network.load_state_dict(state)
-    others = {key: value for key, value in given.items() if key not in ("guide", "guide_weights")}
+    others = {key: value for key, value in given.items() if not key.startswith("guide")}
     return partial(layer.func, **others, guide=objective.denoiser(_OnDemand(network)))
+
+
+def _digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 (hex) of weights: of their names, shapes and bytes."""
+    digest = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def make_network(config: dict[str, Any], *, device: str | None = None) -> nn.Module:

@@ -273,6 +273,7 @@ class Autoguidance(Contrast):
         scale: guidance scale, at least 0; 1 is the better denoiser alone.
         guide: the worse denoiser. In a config: the run folder or the checkpoint file of its network.
         guide_weights: in a config: which of its weights, "raw" or an average's name; None is the first average.
+        guide_sha256: in a config: of those weights; filled in where it is not given.
         sigma_min: lower end of the interval, see `Contrast`.
         sigma_max: upper end of the interval.
 
@@ -286,6 +287,7 @@ class Autoguidance(Contrast):
         scale: float,
         guide: Any = None,  # Denoiser | str | None; a string never gets here, see app/build.py
         guide_weights: str | None = None,
+        guide_sha256: str | None = None,
         sigma_min: float | None = None,
         sigma_max: float | None = None,
     ) -> None:
