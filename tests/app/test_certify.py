@@ -36,7 +36,7 @@ def test_a_new_sampler_is_one_step_and_one_file(tmp_path, monkeypatch):
     assert "3 outside their bounds" in done.out
     assert {file.name for file in (tmp_path / "here").iterdir()} == {
         "table.csv",
-        "table.md",
+        "README.md",
         "error_against_nfe.png",
         "error_against_nfe.svg",
     }

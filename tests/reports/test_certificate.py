@@ -99,7 +99,7 @@ def test_pages(tmp_path):
     rows = certify_predictions({"v": V(), "epsilon": Epsilon()}, {"rectified_flow": RectifiedFlow()})
     rows += certify_sampler("heun", Heun(**GRID), "rectified_flow", RectifiedFlow())
     write_rows(rows, tmp_path)
-    page = (tmp_path / "table.md").read_text()
+    page = (tmp_path / "README.md").read_text()
     assert "| rectified_flow |" in page
     assert "refused" in page
     assert "| heun | rectified_flow | 2.00 | 2.00 |" in page
