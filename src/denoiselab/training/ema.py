@@ -16,24 +16,28 @@ class EMA:
     """One or several named averages of a network's parameters.
 
     After update n (from 0) an average is ema ← d·ema + (1 − d)·weights. With warm-up d = min(decay, (1 + n)/(10 + n)), so
-    that a short run is not averaged with its initial weights (as TensorFlow's ExponentialMovingAverage does).
+    that a short run is not averaged with its initial weights (as TensorFlow's ExponentialMovingAverage does). With a
+    ramp-up r the half-life is at most the share r of the updates so far, d ≤ ½^(1/(r·n)), as in EDM.
 
     Args:
         decays: name → decay in [0, 1). The first one is used for validation, sampling and metrics unless another is asked
             for; none means the raw weights are.
         warmup: whether d starts small.
+        ramp_up: r, positive; None does not bound the half-life.
 
     Raises:
-        ValueError: if a decay is out of range, or a name is "raw" (which names the weights themselves).
+        ValueError: if a number is out of range, or a name is "raw" (which names the weights themselves).
     """
 
-    def __init__(self, *, decays: dict[str, float], warmup: bool = True) -> None:
+    def __init__(self, *, decays: dict[str, float], warmup: bool = True, ramp_up: float | None = None) -> None:
         for name, decay in decays.items():
             if not 0 <= decay < 1:
                 raise ValueError(f"decays.{name}={decay}: must be in [0, 1)")
         if RAW in decays:
             raise ValueError(f"decays.raw={decays[RAW]}: the name raw is taken by the weights themselves")
-        self.decays, self.warmup = dict(decays), warmup
+        if ramp_up is not None and not ramp_up > 0:
+            raise ValueError(f"ramp_up={ramp_up}: must be positive, or null")
+        self.decays, self.warmup, self.ramp_up = dict(decays), warmup, ramp_up
         self.updates = 0
         self.averages: dict[str, dict[str, Tensor]] = {}
         self._raw: dict[str, Tensor] = {}  # the raw weights, while an average is in the network
@@ -63,10 +67,17 @@ class EMA:
         weights = [p.detach().float() for p in network.parameters()]
         for name, decay in self.decays.items():
             self._to(name, weights[0].device)
-            if self.warmup:
-                decay = min(decay, (1 + self.updates) / (10 + self.updates))
-            torch._foreach_lerp_(list(self.averages[name].values()), weights, 1 - decay)
+            torch._foreach_lerp_(list(self.averages[name].values()), weights, 1 - self.bounded(decay))
         self.updates += 1
+
+    def bounded(self, decay: float) -> float:
+        """The d of the next update for an average of this decay."""
+        n = self.updates
+        if self.warmup:
+            decay = min(decay, (1 + n) / (10 + n))
+        if self.ramp_up is not None:
+            decay = min(decay, 0.5 ** (1 / (self.ramp_up * n)) if n else 0.0)
+        return decay
 
     def _to(self, name: str, device: torch.device) -> None:
         average = self.averages[name]
@@ -117,3 +128,23 @@ class EMA:
             raise ValueError(f"ema: the checkpoint has no {', '.join(sorted(missing))}")
         self.averages = {name: dict(state["averages"][name]) for name in self.decays}
         self.updates = state["updates"]
+
+
+def half_life_ema(*, half_lives: dict[str, float], batch_size: int, ramp_up: float | None = 0.05) -> EMA:
+    """Averages given by their half-lives in images, so that they mean the same at every batch size: d = ½^(batch/half-life).
+
+    Args:
+        half_lives: name → half-life in thousands of images, positive.
+        batch_size: images per update.
+        ramp_up: the largest half-life as a share of the images so far, positive; None does not bound it.
+
+    Raises:
+        ValueError: if a number is out of range.
+
+    Source: EDM's training loop (Karras et al. 2022), 500 thousand images with a ramp-up of 0.05.
+    """
+    for name, half_life in half_lives.items():
+        if not half_life > 0:
+            raise ValueError(f"half_lives.{name}={half_life}: must be positive")
+    decays = {name: 0.5 ** (batch_size / (1000 * half_life)) for name, half_life in half_lives.items()}
+    return EMA(decays=decays, warmup=False, ramp_up=ramp_up)
