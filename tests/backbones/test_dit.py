@@ -61,7 +61,8 @@ def load_diffusers(net, state):
 
 
 @pytest.mark.parametrize("learned_variance", [False, True])
-def test_is_the_published_network(learned_variance):
+@pytest.mark.parametrize("shift", [0, 1])
+def test_is_the_published_network(shift, learned_variance):
     torch.manual_seed(0)
     theirs = DiTTransformer2DModel(
         num_attention_heads=4,
@@ -78,8 +79,8 @@ def test_is_the_published_network(learned_variance):
     embedders = [block.norm1.emb for block in theirs.transformer_blocks]
     for embedder in embedders:
         embedder.load_state_dict(embedders[0].state_dict())
-        embedder.time_proj.downscale_freq_shift = 0  # diffusers has 1 here, the paper's code 0
-    ours = DiT(**SMALL, learned_variance=learned_variance).eval()
+        embedder.time_proj.downscale_freq_shift = shift  # diffusers has 1 here, the paper's code 0
+    ours = DiT(**SMALL, learned_variance=learned_variance, frequency_shift=shift).eval()
     load_diffusers(ours, theirs.state_dict())
 
     x, t, label = torch.randn(3, 3, 8, 8), torch.tensor([0.0, 7.0, 850.0]), torch.tensor([0, 4, -1])
@@ -142,6 +143,7 @@ def test_another_resolution_is_refused():
         ({"num_classes": -1}, "num_classes=-1: must be at least 0"),
         ({"depth": 0}, "depth=0: must be at least 1"),
         ({"num_heads": 0}, "num_heads=0: must be at least 1"),
+        ({"frequency_shift": 2}, "frequency_shift=2: must be 0 or 1"),
         ({"mlp_ratio": 0.0}, "mlp_ratio=0.0: must be above 0"),
         ({"patch_size": 3}, "patch_size=3: must divide the resolution 8x8"),
         ({"patch_size": 0}, "patch_size=0: must divide the resolution 8x8"),

@@ -8,6 +8,8 @@ from diffusers import UNet2DModel
 
 from denoiselab.backbones.unet import UNet
 from denoiselab.condition import Condition
+from denoiselab.exchange.keys import renamed
+from denoiselab.exchange.unet import DIFFUSERS_NAMES
 
 DDPM = {
     "channels": 3,
@@ -29,30 +31,6 @@ SMALL = DDPM | {
     "blocks": 1,
     "attention_resolutions": [4],
 }
-
-DIFFUSERS_NAMES = [
-    (r"time_mlp\.0", "time_embedding.linear_1"),
-    (r"time_mlp\.2", "time_embedding.linear_2"),
-    (r"norm_out", "conv_norm_out"),
-    (r"^(down|up)\.", r"\1_blocks."),
-    (r"\.blocks\.", ".resnets."),
-    (r"downsample\.", "downsamplers.0."),
-    (r"upsample\.", "upsamplers.0."),
-    (r"middle\.block1", "mid_block.resnets.0"),
-    (r"middle\.block2", "mid_block.resnets.1"),
-    (r"middle\.attention", "mid_block.attentions.0"),
-    (r"(attentions\.\d)\.norm", r"\1.group_norm"),
-    (r"(attentions\.\d)\.([qkv])\.", r"\1.to_\2."),
-    (r"(attentions\.\d)\.out", r"\1.to_out.0"),
-    (r"\.embedding\.", ".time_emb_proj."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-]
-
-
-def diffusers_name(name):
-    for pattern, replacement in DIFFUSERS_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 @pytest.mark.parametrize(("width", "groups", "scale_shift"), [(128, 32, False), (28, 7, True)])
@@ -76,7 +54,7 @@ def test_is_the_network_of_diffusers(width, groups, scale_shift):
         parameter.data += 0.02 * torch.randn_like(parameter)
     ours = UNet(**DDPM | {"width": width, "scale_shift": scale_shift}).eval()
     state = theirs.state_dict()
-    ours.load_state_dict({name: state.pop(diffusers_name(name)) for name in ours.state_dict()})
+    ours.load_state_dict({name: state.pop(renamed(name, DIFFUSERS_NAMES)) for name in ours.state_dict()})
     assert not state
 
     x, t = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.tensor([7.0, 850.5])

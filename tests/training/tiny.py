@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from denoiselab.codecs.rgb import RGB
+from denoiselab.data.augmentation import NoAugmentation
 from denoiselab.data.datamodule import ImageDataModule
 from denoiselab.data.dataset import InMemoryImages
-from denoiselab.data.augmentation import NoAugmentation
 from denoiselab.diffusion.coupling import Independent
 from denoiselab.diffusion.grids import Uniform as UniformGrid
 from denoiselab.diffusion.guidance import unguided

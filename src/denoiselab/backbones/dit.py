@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -111,6 +112,8 @@ class DiT(nn.Module):
         depth: number of blocks.
         num_heads: attention heads of a block.
         mlp_ratio: hidden size of a block's MLP as a multiple of hidden_size.
+        frequency_shift: of the time embedding, whose frequency i is 10000^(−i/(128 − shift)): 0 in the paper's code, 1 in
+            diffusers' DiTTransformer2DModel.
         learned_variance: whether the output has 2·channels channels, first the prediction, then the share of the
             variance (Nichol & Dhariwal 2021, eq. 15).
 
@@ -129,6 +132,7 @@ class DiT(nn.Module):
         depth: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
+        frequency_shift: Literal[0, 1] = 0,
         learned_variance: bool = False,
     ) -> None:
         super().__init__()
@@ -142,6 +146,8 @@ class DiT(nn.Module):
             raise ValueError(f"num_heads={num_heads}: must be at least 1")
         if mlp_ratio <= 0:
             raise ValueError(f"mlp_ratio={mlp_ratio}: must be above 0")
+        if frequency_shift not in (0, 1):
+            raise ValueError(f"frequency_shift={frequency_shift}: must be 0 or 1")
         height, width = height_width(resolution)
         if patch_size < 1 or height % patch_size or width % patch_size:
             raise ValueError(f"patch_size={patch_size}: must divide the resolution {height}x{width}")
@@ -149,7 +155,7 @@ class DiT(nn.Module):
             raise ValueError(f"hidden_size={hidden_size}: must be a multiple of num_heads={num_heads} and of 4")
 
         self.grid = (height // patch_size, width // patch_size)
-        self.patch_size = patch_size
+        self.patch_size, self.frequency_shift = patch_size, frequency_shift
         self.patches = initialized(nn.Conv2d(channels, hidden_size, patch_size, stride=patch_size))
         self.positions: Tensor
         self.register_buffer("positions", position_embedding(hidden_size, *self.grid), persistent=False)
@@ -178,7 +184,9 @@ class DiT(nn.Module):
         Raises:
             ValueError: if the network has classes and the condition no labels.
         """
-        emb = sinusoidal_embedding(t, TIME_FREQUENCIES, order="cos_sin", frequency_shift=0)  # (B, 256)
+        emb = sinusoidal_embedding(
+            t, TIME_FREQUENCIES, order="cos_sin", frequency_shift=self.frequency_shift
+        )  # (B, 256)
         emb = self.time_mlp(emb.to(x.dtype))  # (B, D)
         if self.label_embedding is not None:
             emb = emb + self.label_embedding(condition)
