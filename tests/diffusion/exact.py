@@ -1,13 +1,17 @@
 """The exact densities of the library, networks that output what they say, and laws propagated through affine steps."""
 
+import math
+
+import torch
+from scipy.integrate import quad
+
 from denoiselab.condition import Condition
-from denoiselab.diffusion.denoiser import NetworkDenoiser, per_sample
+from denoiselab.diffusion.denoiser import NetworkDenoiser, Posterior, per_sample
 from denoiselab.diffusion.exact import GAUSSIAN, MIXTURE, ExactDenoiser, Mixture
 from denoiselab.diffusion.noise import NoiseSource
 from denoiselab.diffusion.paths import Cosine, DDPMLinear, RectifiedFlow, VarianceExploding
 from denoiselab.diffusion.prediction import X0, Epsilon, V, Velocity
-
-import torch
+from denoiselab.diffusion.samplers import points_of
 
 __all__ = [
     "GAUSSIAN",
@@ -16,6 +20,7 @@ __all__ = [
     "PREDICTIONS",
     "ExactDenoiser",
     "Mixture",
+    "Scripted",
     "law_of",
     "network",
     "network_denoiser",
@@ -74,3 +79,41 @@ def law_of(sampler, denoiser, points, mean, variance):
     end = sampler.integrate(denoiser, x, points, Condition(), noise).flatten(1)
     gains = end[1:] - end[0]
     return end[0] + gains[0] * mean, gains[0] ** 2 * variance + gains[1:].square().sum(0)
+
+
+class Scripted:
+    """A denoiser that says the same whatever x is.
+
+    Args:
+        path: any.
+        what: "x0": x0 is a function of half the log-SNR; "level" and "log_level": ε is one of σ/α or of its logarithm.
+        function: of one number.
+    """
+
+    consistent = True
+
+    def __init__(self, path, what, function):
+        self.path, self.what, self.function = path, what, function
+
+    def place(self, point):
+        return {"level": point.level, "log_level": -point.half_log_snr, "x0": point.half_log_snr}[self.what]
+
+    def __call__(self, x, t, condition):
+        point = points_of(self.path, t.reshape(1))[0]
+        value = torch.full_like(x, self.function(self.place(point)))
+        if self.what == "x0":
+            return Posterior(value, (x - point.alpha * value) / point.sigma)
+        return Posterior((x - point.sigma * value) / point.alpha, value)
+
+    def fresh(self):
+        return self
+
+    def solution(self, x, p, q, eta=0.0):
+        """What becomes of x without noise: the integrals of `base.py` and, with η, equation (2) of `multistep.py`."""
+        start, end = self.place(p), self.place(q)
+        rate = 0 if self.what == "level" else 1 + eta
+        integral, _ = quad(lambda s: math.exp(rate * (s - end)) * self.function(s), start, end, epsabs=0, epsrel=1e-13)
+        if self.what == "x0":
+            kept = q.sigma / p.sigma * math.exp(-eta * (end - start))
+            return kept * x + q.alpha * rate * integral
+        return q.alpha * (x / p.alpha + (q.level if self.what == "log_level" else 1) * integral)

@@ -71,7 +71,7 @@ def test_the_coupling_decides_which_noise_an_image_gets():
         made = objective(path=RectifiedFlow(), prediction=Velocity(), coupling=coupling)
         _, t = made(network, x0, Condition(), NOISE)
         t = t.reshape(-1, 1, 1, 1)
-        torch.testing.assert_close(seen[-1], (1 - t) * x0 + t * coupling(x0, NOISE))
+        torch.testing.assert_close(seen[-1], (1 - t) * x0 + t * coupling(x0, NOISE, Condition()))
     assert not torch.equal(*seen)
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from exact import MIXTURE, PATHS, PREDICTIONS
+from exact import MIXTURE, PATHS, PREDICTIONS, network_denoiser
 
 from denoiselab.condition import Condition
 from denoiselab.diffusion.paths import RectifiedFlow
@@ -36,7 +36,7 @@ def test_the_best_network_of_any_prediction_is_the_best_denoiser(path, predictio
     x = torch.randn(64, 1, 1, 2, dtype=torch.float64)
     for fraction in (0.0, 0.3, 0.9, 1.0):
         t = torch.tensor(path.t_min + fraction * (path.t_max - path.t_min), dtype=torch.float64)
-        got = MIXTURE.network_denoiser(path, prediction)(x, t, Condition())
+        got = network_denoiser(MIXTURE, path, prediction)(x, t, Condition())
         want = MIXTURE.denoiser(path)(x, t, Condition())
         # At the ends ε (or x0) of a given x_t is far from its typical size; compare relative to it.
         for g, w in zip(got, want, strict=True):

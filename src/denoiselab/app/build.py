@@ -150,8 +150,6 @@ def make_parts(config: dict[str, Any], trust: Sequence[str] = ()) -> Parts:
     )
     layers = {path: _with_guide(layer, path, parts, config, trust) for path, layer in _layers(parts.guidance).items()}
     guided = _check_guidance(parts, layers)
-    if getattr(parts.sampler, "variance", None) == "learned" and not parts.objective.learned_variance:
-        raise ConfigError("sampler.variance=learned: needs objective.learned_variance=true, or choose small or large")
     try:
         parts.sampler.plan(guided)
     except ValueError as error:

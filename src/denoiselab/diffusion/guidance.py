@@ -55,6 +55,11 @@ class Guidance(ABC):
         """Whether the network is asked without labels, so that it must have been trained so."""
         return getattr(self.denoiser, "needs_null", False)
 
+    @property
+    def learned_variance(self) -> bool:
+        """Whether its answers have a variance share."""
+        return getattr(self.denoiser, "learned_variance", False)
+
     @abstractmethod
     def __call__(self, x: Images, t: Time, condition: Condition) -> Posterior:
         """The guided pair."""

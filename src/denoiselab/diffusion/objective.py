@@ -78,7 +78,7 @@ class Objective(nn.Module):
     def forward(self, network: Network, x0: Images, condition: Condition, noise: NoiseSource) -> Losses:
         """The losses of a batch; `noise` decides t, ε and which labels are hidden."""
         t = self.time_sampling(self.path, noise)
-        eps = self.coupling(x0, noise)
+        eps = self.coupling(x0, noise, condition)
         condition = condition.drop(noise.uniform("label_dropout") < self.label_dropout)
         pair = self.prediction.pair(self.path, t)
         x_t = per_sample(pair.alpha, x0) * x0 + per_sample(pair.sigma, x0) * eps

@@ -3,7 +3,8 @@
 Each sample has a time and a step size of its own, so that sample i does not depend on what else is in its batch, and the
 denoiser is asked at a different time for each. A step from t to t − h is accepted where the difference of the fifth- and the
 fourth-order result, measured against atol + rtol·|x|, has a root mean square of at most 1; the next step is
-h·0.9·error^(−1/5), between a fifth and ten times h. Samples that have arrived wait for the others.
+h·0.9·error^(−1/5), between a fifth and ten times h, or h at most where one has just been refused. Samples that have arrived
+wait for the others.
 
 Source: Dormand & Prince 1980; Hairer, Nørsett & Wanner 1993, sections II.4 and II.5; for diffusion: Song et al. 2021,
 appendix D.
@@ -91,7 +92,7 @@ class DormandPrince(Sampler):
         Its steps are its own: neither points between, nor noise, nor earlier visits count.
 
         Raises:
-            RuntimeError: if `max_steps` do not suffice.
+            RuntimeError: if `max_steps` do not suffice, or the denoiser says NaN.
         """
         denoiser, path = denoiser.fresh(), denoiser.path
         end = points[-1].t if points[-1].sigma > 0 else points[-2].t
@@ -107,7 +108,7 @@ class DormandPrince(Sampler):
         slope = velocity(x, t)
         scale = self.atol + self.rtol * x.abs()
         h = (0.01 * size(x, scale) / size(slope, scale).clamp(min=1e-12)).clamp(min=1e-6 * (points[0].t - end))
-        taken = 0
+        taken, refused = 0, torch.zeros_like(t, dtype=torch.bool)
         while bool(((left := t - end) > 0).any()):
             if taken == self.max_steps:
                 raise RuntimeError(f"max_steps={self.max_steps}: not enough for rtol={self.rtol}, atol={self.atol}")
@@ -121,11 +122,14 @@ class DormandPrince(Sampler):
             slopes.append(velocity(new, arrived))
             scale = self.atol + self.rtol * torch.maximum(x.abs(), new.abs())
             error = size(_combine(torch.zeros_like(x), h, LESS_FOURTH, slopes), scale)
+            if bool(error.isnan().any()):  # or it would try ever smaller steps until max_steps
+                raise RuntimeError("the denoiser's answer is not a number")
             accept = (error <= 1) & (left > 0)
             t = torch.where(accept, arrived, t)
             mask = accept.reshape(-1, *(1,) * (x.ndim - 1))
             x, slope = torch.where(mask, new, x), torch.where(mask, slopes[-1], slope)
-            h = h * (0.9 * error.clamp(min=1e-12) ** -0.2).clamp(0.2, 10.0)
+            h = h * torch.where(refused, 1.0, 10.0).minimum(0.9 * error.clamp(min=1e-12) ** -0.2).clamp(min=0.2)
+            refused = ~accept
         return x if points[-1].sigma > 0 else denoiser(x, t, condition).x0
 
 
