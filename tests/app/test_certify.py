@@ -33,7 +33,7 @@ def test_a_new_sampler_is_one_step_and_one_file(tmp_path, monkeypatch):
     assert done.code == 1
     assert "mine" in done.out
     assert "1.00 OUTSIDE" in done.out
-    assert "3 outside their bounds" in done.out
+    assert "4 outside their bounds" in done.out
     assert {file.name for file in (tmp_path / "here").iterdir()} == {
         "table.csv",
         "README.md",

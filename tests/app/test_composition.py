@@ -113,6 +113,7 @@ def needs(datasets, tiny_run, autoencoder_folder):
         "guidance=autoguidance": [f"guidance.guide={tiny_run}"],
         "objective=edm": ["sampler=heun"],
         "objective/path=variance_exploding": ["sampler=heun"],
+        "objective/path=laplace": ["sampler=heun"],
         "codec=sd_vae": [*rgb, *latents],
         "augmentation=edm": [
             "datamodule=cifar10",

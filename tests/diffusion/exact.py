@@ -49,7 +49,7 @@ def network(mixture, path, prediction):
     def output(x, c_noise, condition):
         t = _time_told(path, c_noise)
         said = denoiser(x, t, condition)
-        a, b = prediction.ab(path, t)
+        a, b = prediction.ab(path.coefficients(t))
         return per_sample(a, x) * said.x0 + per_sample(b, x) * said.eps
 
     return output

@@ -7,7 +7,6 @@ from denoiselab.condition import Condition
 from denoiselab.diffusion.coupling import Independent, MinibatchOT
 from denoiselab.diffusion.noise import NoiseSource
 
-
 NONE = Condition()
 
 

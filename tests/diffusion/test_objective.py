@@ -36,7 +36,7 @@ def test_a_weight_in_another_space_weighs_the_error_there(prediction, space):
     made = objective(path=path, prediction=prediction, weighting=Unit(space=space))
     network = lambda x, t, y: torch.sin(3 * x)  # noqa: E731
     loss, t = made(network, x0, Condition(), NOISE)
-    eps = Independent()(x0, NOISE)
+    eps = Independent()(x0, NOISE, Condition())
     x_t = path.alpha(t).reshape(-1, 1, 1, 1) * x0 + path.sigma(t).reshape(-1, 1, 1, 1) * eps
     guess = made.denoiser(network)(x_t, t, Condition())
     error = guess.x0 - x0 if space == "x0" else guess.eps - eps
@@ -97,7 +97,7 @@ def test_the_hybrid_loss_is_the_simple_loss_and_the_bound():
     made, network, x0, loss, t = hybrid(vlb_weight=0.002, vlb_steps=500)
     simple = objective(path=DDPMLinear())(lambda x, t, y: network.mean * x, x0, Condition(), NOISE).loss
     alpha, sigma = (c.reshape(-1, 1, 1, 1) for c in (made.path.alpha(t), made.path.sigma(t)))
-    x_t = alpha * x0 + sigma * Independent()(x0, NOISE)
+    x_t = alpha * x0 + sigma * Independent()(x0, NOISE, Condition())
     posterior = made.denoiser(network)(x_t, t, Condition())
     torch.testing.assert_close(posterior.share, torch.full_like(x0, 0.55))
     bound = variational_bound(made.path, t, x0, posterior.x0, posterior.share, 500)

@@ -60,11 +60,11 @@ def test_edms_target_and_input_have_unit_variance_and_the_errors_least_gain(sigm
         sigma_data**2 / (SIGMAS**2 + sigma_data**2),
         SIGMAS * sigma_data / (SIGMAS**2 + sigma_data**2).sqrt(),
     )
-    a, b = prediction.ab(path, SIGMAS)
+    a, b = prediction.ab(path.coefficients(SIGMAS))
     assert_close(a, (1 - c_skip) / c_out)
     assert_close(b, -c_skip * SIGMAS / c_out)
     assert_close(a**2 * sigma_data**2 + b**2, torch.ones_like(a))
-    assert_close(prediction.c_in(path, SIGMAS).square() * (sigma_data**2 + SIGMAS**2), torch.ones_like(a))
+    assert_close(prediction.c_in(path.coefficients(SIGMAS)).square() * (sigma_data**2 + SIGMAS**2), torch.ones_like(a))
     for other in (c_skip + 0.01, c_skip - 0.01):  # with another c_skip, unit variance needs a larger c_out
         assert (((1 - other) ** 2 * sigma_data**2 + other**2 * SIGMAS**2).sqrt() > c_out).all()
 

@@ -25,7 +25,9 @@ PATH = Cosine()
 
 
 def outside(sampler, path=PATH):
-    return {row.check for row in certify_sampler("mine", sampler, "cosine", path) if not row.inside}
+    return {
+        row.check for row in certify_sampler(type(sampler).__name__.lower(), sampler, "cosine", path) if not row.inside
+    }
 
 
 @pytest.mark.parametrize("sampler", [Euler(**GRID), Heun(**GRID), DPMSolverPP(**GRID), DDIM(**GRID, eta=0.5)])
@@ -55,11 +57,28 @@ class Leaky(Euler):
         return ddim(said.x0, 0.98 * said.eps, q)
 
 
+class WithoutSlope(DPMSolverPP):
+    """Second order in name, but only the latest answer counts."""
+
+    def _latest(self, history):
+        return super()._latest(history)[:1]
+
+
+class Costly(Euler):
+    """Asks twice a step."""
+
+    def step(self, x, q, history, ask, normal):
+        ask(x, history[-1].point)
+        return super().step(x, q, history, ask, normal)
+
+
 @pytest.mark.parametrize(
     ("sampler", "caught"),
     [
         (WrongWeight(**GRID), {"order", "shipped"}),
         (TooMuchNoise(**GRID, eta=1.0), {"moments"}),
+        (WithoutSlope(**GRID, eta=1.0), {"moments"}),
+        (Costly(**GRID), {"nfe"}),
         (Leaky(**GRID), {"order"}),
         (DPMSolverPP(**GRID, order=3, start="lower_order"), {"shipped"}),
         (Adams(**GRID, variable="level", order=3, start="lower_order"), {"shipped"}),
@@ -84,14 +103,10 @@ def test_moment_errors_fall_with_the_steps():
 
 def test_conversions_are_exact_and_illegal_pairs_refused():
     assert conversion(PATH, V()) < 1e-14
-    assert conversion(RectifiedFlow(), Epsilon()) is None
-
-    good, bad = (
-        certify_predictions({"v": V()}, {"cosine": PATH})[0],
-        Row("blurred", "cosine", "conversion", 3e-8, 0, 1e-10),
-    )
-    assert good.inside
-    assert not bad.inside
+    assert conversion(RectifiedFlow(), Epsilon()) == math.inf
+    rows = certify_predictions({"v": V(), "epsilon": Epsilon()}, {"flow": RectifiedFlow()})
+    assert [(row.check, row.inside) for row in rows] == [("conversion", True), ("refused", True)]
+    assert not Row("v", "cosine", "refused", 1e-15, 1e-11).inside  # nothing is lost: it should not be refused
     assert not Row("x", "y", "order", math.nan, 1.85, 2.15).inside
 
 

@@ -43,8 +43,8 @@ class RecordedNoise(Independent):
     def __init__(self):
         self.drawn = {}
 
-    def __call__(self, x0, noise):
-        eps = super().__call__(x0, noise)
+    def __call__(self, x0, noise, condition):
+        eps = super().__call__(x0, noise, condition)
         self.drawn |= {(noise.step, int(place)): e for place, e in zip(noise.index, eps, strict=True)}
         return eps
 

@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from denoiselab.condition import Condition
+from denoiselab.condition import Condition, height_width
 from denoiselab.data.augmentation import EDMAugmentation, NoAugmentation
 from denoiselab.data.datamodule import ImageDataModule
 from denoiselab.data.order import micro_batch_size
@@ -40,6 +40,7 @@ TRAIN_KEYS: dict[str, Any] = {
     "init_from": str | None,
     "init_weights": str | None,
     "compile": bool,
+    "trust": list[str],
 }
 
 GROUPS = (
@@ -96,6 +97,11 @@ def check_keys(config: dict[str, Any], keys: dict[str, Any]) -> None:
         if key not in config:
             raise ConfigError(f"{key}: is missing")
         check_value(config[key], annotation, key)
+    for key in config:
+        if key not in (*keys, *GROUPS, "callbacks", "imported"):
+            raise ConfigError(
+                f"{key}={show(config[key])}: no such key (allowed: {', '.join(sorted(keys))}, and the groups)"
+            )
     if "seed" in config and not 0 <= config["seed"] < 2**63:
         raise ConfigError(f"seed={config['seed']}: must be from 0 to 2^63 - 1")
     for key in ("num_samples", "batch_size"):
@@ -212,6 +218,9 @@ def _with_guide(layer: Any, path: str, parts: Parts, config: dict[str, Any], tru
         return layer
     loaded, state = _read_weights(source, given.get("guide_weights"), f"{path}.guide", f"{path}.guide_weights")
     theirs = loaded["config"]
+    missing = [g for g in ("objective", "backbone", "codec", "seed") if g not in theirs]
+    if missing:
+        raise ConfigError(f"{path}.guide={source}: its config has no {missing[0]}; it is not a run's")
     try:
         check_targets(theirs, trust)
         check_types({key: theirs[key] for key in ("objective", "backbone")})
@@ -266,6 +275,14 @@ def check_network(config: dict[str, Any], parts: Parts) -> nn.Module:
     for key, value in (("num_classes", parts.data.num_classes), ("channels", parts.shape[0])):
         if key in node and node[key] != value:
             raise ConfigError(f"backbone.{key}={show(node[key])}: the data has {value}")
+    if node.get("learned_variance", False) != parts.objective.learned_variance:
+        raise ConfigError(
+            f"backbone.learned_variance={show(node.get('learned_variance', False))}: the objective has "
+            f"{show(parts.objective.learned_variance)}"
+        )
+    if "resolution" in node and height_width(node["resolution"]) != parts.shape[1:]:
+        height, width = parts.shape[1:]
+        raise ConfigError(f"backbone.resolution={show(node['resolution'])}: the data has {height}x{width} for it")
     if parts.augmentation.dim not in (0, knows):
         raise ConfigError(
             f"augmentation.dim={parts.augmentation.dim}: the backbone is told {knows} numbers of how images were changed, and "
@@ -307,7 +324,7 @@ def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
     for group in GROUPS:
         if not isinstance(config.get(group), dict):
             raise ConfigError(f"{group}={show(config.get(group))}: must be chosen, for example with {group}=...")
-    parts = make_parts(config)
+    parts = make_parts(config, config["trust"])
     nodes = {key: node for key, node in (config.get("callbacks") or {}).items() if node is not None}
     callbacks = {key: make_node(node, f"callbacks.{key}") for key, node in nodes.items()}
     training = Training(
@@ -485,13 +502,22 @@ def load_trained(options: dict[str, Any], replace: tuple[str, ...]) -> Trained:
         raise ConfigError(str(error)) from error
     config = loaded["config"]
     check_targets(config, options["trust"])
+    for group in ("datamodule", "backbone", "objective", "sampler", "guidance", "metrics", "codec"):
+        if not isinstance(config.get(group), dict) or "_target_" not in config[group]:
+            raise ConfigError(f"checkpoint={path}: its config has no {group}; it is not a run's")
     config = config | {group: options[group] for group in replace if options.get(group) is not None}
     if options["nfe"] is not None and options["steps"] is not None:
         raise ConfigError(f"nfe={options['nfe']}: give either nfe or steps (steps={options['steps']})")
     if options["nfe"] is not None or options["steps"] is not None:
+        if "nfe" not in config["sampler"]:
+            given = next(f"{key}={options[key]}" for key in ("nfe", "steps") if options[key] is not None)
+            raise ConfigError(f"{given}: this sampler chooses its own steps; leave nfe and steps out")
         config["sampler"] = config["sampler"] | {"nfe": options["nfe"], "steps": options["steps"]}
     check_types(config)
+    if not isinstance(config.get("seed"), int):
+        raise ConfigError(f"checkpoint={path}: its config has no seed; it is not a run's")
     parts = make_parts(config, options["trust"])
+    check_network(config, parts)
     network = make_network(config)
     misfits = fit(state, network)
     if misfits:

@@ -21,11 +21,20 @@ from denoiselab.diffusion.samplers import HeunT
 from denoiselab.exchange import programs
 from denoiselab.exchange.files import read, write_safetensors
 from denoiselab.exchange.networks import Imported, import_network
-from denoiselab.exchange.schedulers import from_scheduler, scheduler_for
+from denoiselab.exchange.schedulers import from_scheduler, sampling_notes, scheduler_for
 from denoiselab.exchange.to_diffusers import make_pipeline, save_pipeline
 from denoiselab.reports.console import print_results
 from denoiselab.runs.errors import ConfigError, RankError
-from denoiselab.runs.folder import COMMAND, CONFIG, VERSIONS, command_line, make_run_folder, versions, write_json
+from denoiselab.runs.folder import (
+    COMMAND,
+    CONFIG,
+    VERSIONS,
+    command_line,
+    make_run_folder,
+    prepare_folder,
+    versions,
+    write_json,
+)
 from denoiselab.training.checkpoint import FOLDER, SCHEMA, AtomicCheckpointIO
 from denoiselab.training.trainer import free_cores
 
@@ -124,7 +133,8 @@ def _imported(options: dict[str, Any], to: str) -> Model:
         parts = make_parts(config)
         check_network(config, parts)
         facts["objective"] = " on ".join(_class(config["objective"][key]) for key in ("prediction", "path"))
-    return Model(network, config, parts, facts | ({"note": "; ".join(found.notes)} if found.notes else {}), None)
+    notes = (*found.notes, *sampling_notes(source.scheduler))
+    return Model(network, config, parts, facts | ({"note": "; ".join(notes)} if notes else {}), None)
 
 
 def _filled(found: Imported, config: dict[str, Any]) -> nn.Module:
@@ -222,6 +232,8 @@ def _output(options: dict[str, Any], model: Model, to: str) -> Path:
         output = Path(options["output"])
         if output.suffix != ENDINGS[to] and ENDINGS[to]:
             raise ConfigError(f"output={output}: must end in {ENDINGS[to]} for to={to}")
+        if to == "safetensors":
+            _free(output.with_suffix(".json"))
         return _free(output)
     if model.folder is None:
         raise ConfigError(f"output=null: must be given for to={to} of a source")
@@ -231,10 +243,13 @@ def _output(options: dict[str, Any], model: Model, to: str) -> Path:
 @contextmanager
 def _beside(output: Path) -> Iterator[Path]:
     """A place beside the output to write to; what is complete there takes the output's name."""
-    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    try:
+        prepare_folder(output.absolute().parent)
+    except ValueError as error:
+        raise ConfigError(f"output={output}: {error}") from error
+    parent = output.absolute().parent
     with tempfile.TemporaryDirectory(dir=parent, prefix=".convert-") as scratch:
         yield Path(scratch) / output.name
-        output.parent.mkdir(parents=True, exist_ok=True)
         for path in Path(scratch).iterdir():
             path.replace(output.parent / path.name)
 

@@ -19,7 +19,7 @@ from denoiselab.evaluation.pictures import read_images
 from denoiselab.evaluation.records import Number, sampling_protocol
 from denoiselab.reports.console import print_results, sampler_line
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import write_json
+from denoiselab.runs.folder import prepare_folder, write_json
 from denoiselab.training.trainer import free_cores
 
 EVALUATE_KEYS = {k: v for k, v in SAMPLE_KEYS.items() if k not in ("num_samples", "class")} | {"images": str | None}
@@ -63,6 +63,8 @@ def _measure_images(options: dict[str, Any]) -> tuple[dict[str, Any], list[Numbe
             raise ConfigError(f"{group}=null: images are compared with data; name one, for example {group}=digits")
     data, metrics = make(options, "datamodule"), make(options, "metrics")
     _check(options, metrics, data)
+    if metrics.extractor is None:
+        raise ConfigError("metrics=bits_per_dim: is of a run; images are measured with metrics=digits or metrics=fid")
     try:
         images, labels = read_images(Path(options["images"]), data.channels)
         if tuple(images.shape[2:]) != data.size:
@@ -79,6 +81,11 @@ def _measure_run(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number],
     _check(trained.config, metrics, parts.data)
     if metrics.bits_per_dim is not None and not isinstance(parts.codec, RGB):
         raise ConfigError("metrics.bits_per_dim: is of pixels, and this codec has none; use metrics.bits_per_dim=null")
+    folder = run_folder(trained.checkpoint) / "evaluations"
+    try:
+        prepare_folder(Path(options["output"]).parent if options["output"] else folder)
+    except ValueError as error:
+        raise ConfigError(f"output: {error}") from error
     nfe = parts.sampler.plan(trained.denoiser)[1]
     protocol = sampling_protocol(trained.config, weights=trained.weights, seed=metrics.seed, nfe=nfe)
     protocol |= {"step": trained.step}
@@ -99,11 +106,15 @@ def _measure_run(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number],
         numbers += metrics.measure(images, labels, parts.data, protocol)
     if metrics.bits_per_dim is not None:
         solver = {key: protocol[key] for key in ("guidance", "weights", "step")}
-        numbers.append(metrics.bits_per_dim.measure(trained.denoiser, parts.codec, parts.data, trained.device, solver))
+        bits = metrics.bits_per_dim
+        try:
+            numbers.append(bits.measure(trained.denoiser, parts.codec, parts.data, trained.device, solver))
+        except ValueError as error:
+            raise ConfigError(f"metrics.bits_per_dim: {error}") from error
     facts = {
         "checkpoint": trained.checkpoint,
         "weights": f"{trained.weights}, step {trained.step}",
         "sampler": sampler_line(parts.sampler, nfe),
     }
     name = f"step_{trained.step:07d}_{trained.weights}_{hash64(str(numbers[0].protocol)) & 0xFFFFFFFF:08x}.json"
-    return facts, numbers, run_folder(trained.checkpoint) / "evaluations" / name
+    return facts, numbers, folder / name

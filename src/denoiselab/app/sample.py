@@ -14,7 +14,7 @@ from denoiselab.evaluation.generate import balanced_labels, generate
 from denoiselab.evaluation.pictures import image_grid, save_images
 from denoiselab.reports.console import print_results, sampler_line
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import write_json
+from denoiselab.runs.folder import prepare_folder, write_json
 from denoiselab.training.checkpoint import FOLDER
 from denoiselab.training.trainer import free_cores
 
@@ -51,6 +51,10 @@ def sample(options: dict[str, Any], choices: dict[str, str], overrides: list[str
     except ValueError as error:
         raise ConfigError(str(error).replace("classes=", "class=", 1)) from error
     output = _output(options, trained.checkpoint)
+    try:
+        prepare_folder(output.parent if output.suffix else output)
+    except ValueError as error:
+        raise ConfigError(f"output={output}: {error}") from error
     images = generate(
         trained.denoiser,
         parts.sampler,
@@ -62,7 +66,6 @@ def sample(options: dict[str, Any], choices: dict[str, str], overrides: list[str
         batch_size=options["batch_size"],
         device=trained.device,
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".npz":
         pixels = images.permute(0, 2, 3, 1).numpy()
         asked = np.full(count, -1) if labels is None else labels.numpy()

@@ -51,6 +51,10 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
         RankError: if one of several processes failed.
     """
     parts, training = make_training(config)
+    if parts.metrics.extractor is None and parts.metrics.bits_per_dim is not None:
+        raise ConfigError(
+            "metrics=bits_per_dim: is measured by evaluate.py, on the finished run; train with metrics=none"
+        )
     given = int(os.environ.get("WORLD_SIZE", 1))
     if launched_from_outside() and given != training.settings.world_size:
         raise ConfigError(

@@ -22,7 +22,7 @@ from denoiselab.diffusion.paths import Path, Time
 class Grid(ABC):
     """A rule that places n times on a path. A subclass is one `times`."""
 
-    in_time: bool = False  # whether it places them by t, whatever the noise levels are
+    in_time: bool = False  # whether its steps are equal in t, whatever the noise levels are
 
     def __call__(self, path: Path, n: int) -> Time:
         """N ≥ 1 decreasing times in [t_min, t_max], float64 of shape (n,); the first is t_max unless the class says otherwise.
@@ -32,8 +32,8 @@ class Grid(ABC):
         """
         if self.in_time and not path.even:
             raise ValueError(
-                f"grid={type(self).__name__}: on {type(path).__name__} t is the noise level itself, and equal steps in it "
-                "hardly touch the data; use sampler/grid=karras, or a sampler that has it, such as sampler=heun"
+                f"grid={type(self).__name__}: on {type(path).__name__} equal steps in t jump over nearly all noise levels "
+                "that matter; use sampler/grid=karras, or a sampler that has it, such as sampler=heun"
             )
         t = self.times(path, n).clamp(path.t_min, path.t_max)  # the ends to the last digit
         if not bool((t.diff() < 0).all()):
@@ -73,8 +73,6 @@ class Uniform(Grid):
 class _Fractions(Grid):
     """Times at given fractions of the way from t_min to t_max."""
 
-    in_time = True
-
     def times(self, path: Path, n: int) -> Time:
         """t_min + (t_max − t_min)·fraction."""
         return path.t_min + (path.t_max - path.t_min) * self.fractions(n)
@@ -86,6 +84,8 @@ class _Fractions(Grid):
 
 class Linspace(_Fractions):
     """Equal steps in t between both ends, both asked ("linspace" in Lin et al. 2023, table 2, without rounding)."""
+
+    in_time = True
 
     def fractions(self, n: int) -> Time:
         """1 to 0."""
@@ -103,6 +103,8 @@ class Leading(_Fractions):
         steps_offset: added to every step number; 1 in Stable Diffusion. At least 0.
         train_steps: T, at least 2.
     """
+
+    in_time = True
 
     def __init__(self, *, steps_offset: int = 0, train_steps: int = 1000) -> None:
         if train_steps < 2:

@@ -60,6 +60,11 @@ class Guidance(ABC):
         """Whether its answers have a variance share."""
         return getattr(self.denoiser, "learned_variance", False)
 
+    @property
+    def remembers(self) -> bool:
+        """Whether an answer depends on earlier ones, so that it is no ODE that a sampler follows."""
+        return getattr(self.denoiser, "remembers", False)
+
     @abstractmethod
     def __call__(self, x: Images, t: Time, condition: Condition) -> Posterior:
         """The guided pair."""
@@ -133,7 +138,8 @@ class Contrast(Guidance):
             alone = self.denoiser(x, t, condition)
             return alone, alone
         better, worse = self._pair(x, t, condition)
-        rows = guides.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))
+        per_row = guides.to(x.device) if t.ndim else torch.ones(1, dtype=torch.bool, device=x.device)
+        rows = per_row.reshape(-1, *(1,) * (x.ndim - 1))
         guided = self._combine(better, worse, t, rows)
         x0, eps = torch.where(rows, guided.x0, better.x0), torch.where(rows, guided.eps, better.eps)
         return better._replace(x0=x0, eps=eps), better
@@ -248,6 +254,11 @@ class APG(ClassifierFree):
         self.eta, self.momentum, self.norm_threshold = eta, momentum, norm_threshold
         self._before: Images | None = None
 
+    @property
+    def remembers(self) -> bool:
+        """With a momentum."""
+        return self.momentum != 0 or super().remembers
+
     def fresh(self) -> Self:
         """A copy without the update before."""
         other = super().fresh()
@@ -259,7 +270,7 @@ class APG(ClassifierFree):
         if self.momentum:
             before = torch.zeros_like(update) if self._before is None else self._before
             update = update + self.momentum * before
-            self._before = torch.where(rows, update, before)
+            self._before = torch.where(rows, update, before).detach()
         if self.norm_threshold is not None:
             update = update * (self.norm_threshold / _norm(update)).clamp(max=1)
         along = better.x0 / _norm(better.x0)

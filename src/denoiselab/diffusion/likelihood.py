@@ -77,6 +77,8 @@ def log_density(
             raise ValueError(f"{name}={number}: must be at least 1")
     if not denoiser.consistent:
         raise ValueError("guidance=CFG++: renoises with another ε than it removes, so it has no density")
+    if getattr(denoiser, "remembers", False):
+        raise ValueError("guidance=APG: with a momentum it follows no ODE, so it has no density; use momentum=0")
     denoiser, path, dimension = denoiser.fresh(), denoiser.path, x0[0].numel()
     ends = torch.tensor([path.t_min, path.t_max], dtype=torch.float64)
     ends = torch.atan2(path.sigma(ends), path.alpha(ends)).log()

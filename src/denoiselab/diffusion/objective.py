@@ -18,7 +18,7 @@ from denoiselab.diffusion.coupling import Coupling
 from denoiselab.diffusion.denoiser import Images, Network, NetworkDenoiser, ask, per_sample
 from denoiselab.diffusion.noise import NoiseSource
 from denoiselab.diffusion.paths import Path, Time
-from denoiselab.diffusion.prediction import Prediction, check_legal
+from denoiselab.diffusion.prediction import Pair, Prediction, check_legal
 from denoiselab.diffusion.time_sampling import TimeSampling
 from denoiselab.diffusion.variance import variational_bound
 from denoiselab.diffusion.weighting import Weighting
@@ -80,10 +80,11 @@ class Objective(nn.Module):
         t = self.time_sampling(self.path, noise)
         eps = self.coupling(x0, noise, condition)
         condition = condition.drop(noise.uniform("label_dropout") < self.label_dropout)
-        pair = self.prediction.pair(self.path, t)
+        c = self.path.coefficients(t)
+        pair = Pair(c.alpha, c.sigma, *self.prediction.ab(c))
         x_t = per_sample(pair.alpha, x0) * x0 + per_sample(pair.sigma, x0) * eps
         target = per_sample(pair.a, x0) * x0 + per_sample(pair.b, x0) * eps
-        output = ask(network, self.path, self.prediction, x_t, t, condition)
+        output = ask(network, x_t, self.prediction.c_in(c), self.prediction.c_noise(self.path, t), condition)
         if self.learned_variance:
             output, variance = output.chunk(2, dim=1)
         error = output - target

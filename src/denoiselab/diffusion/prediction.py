@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from denoiselab.diffusion.paths import Path, Time
+from denoiselab.diffusion.paths import Coefficients, Path, Time
 
 
 class Pair(NamedTuple):
@@ -44,16 +44,17 @@ class Prediction(ABC):
         return type(self).__name__.lower()
 
     @abstractmethod
-    def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
-        """The pair (a, b) at t."""
+    def ab(self, c: Coefficients) -> tuple[Time, Time]:
+        """The pair (a, b) where the path has these coefficients."""
 
     def pair(self, path: Path, t: Time) -> Pair:
         """Path coefficients and (a, b) at t."""
-        return Pair(*path.coefficients(t)[:2], *self.ab(path, t))
+        c = path.coefficients(t)
+        return Pair(c.alpha, c.sigma, *self.ab(c))
 
-    def c_in(self, path: Path, t: Time) -> Time:
+    def c_in(self, c: Coefficients) -> Time:
         """Factor on x_t at the network's input."""
-        return torch.ones_like(t)
+        return torch.ones_like(c.alpha)
 
     def c_noise(self, path: Path, t: Time) -> Time:
         """What the network is told about t."""
@@ -63,33 +64,33 @@ class Prediction(ABC):
 class Epsilon(Prediction):
     """F = ε (Ho et al. 2020, eq. 14)."""
 
-    def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
+    def ab(self, c: Coefficients) -> tuple[Time, Time]:
         """(0, 1)."""
-        return torch.zeros_like(t), torch.ones_like(t)
+        return torch.zeros_like(c.alpha), torch.ones_like(c.alpha)
 
 
 class X0(Prediction):
     """F = x0."""
 
-    def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
+    def ab(self, c: Coefficients) -> tuple[Time, Time]:
         """(1, 0)."""
-        return torch.ones_like(t), torch.zeros_like(t)
+        return torch.ones_like(c.alpha), torch.zeros_like(c.alpha)
 
 
 class V(Prediction):
     """F = α·ε − σ·x0 (Salimans & Ho 2022, appendix D)."""
 
-    def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
+    def ab(self, c: Coefficients) -> tuple[Time, Time]:
         """(−σ, α)."""
-        return -path.sigma(t), path.alpha(t)
+        return -c.sigma, c.alpha
 
 
 class Score(Prediction):
     """F = ∇ ln p(x_t) = −ε/σ (Song et al. 2021, eq. 7)."""
 
-    def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
+    def ab(self, c: Coefficients) -> tuple[Time, Time]:
         """(0, −1/σ)."""
-        return torch.zeros_like(t), -1 / path.sigma(t)
+        return torch.zeros_like(c.sigma), -1 / c.sigma
 
 
 class EDM(Prediction):
@@ -109,18 +110,14 @@ class EDM(Prediction):
             raise ValueError(f"sigma_data={sigma_data}: must be positive")
         self.sigma_data = sigma_data
 
-    def _std(self, path: Path, t: Time) -> Time:
-        alpha, sigma = path.coefficients(t)[:2]
-        return (alpha.square() * self.sigma_data**2 + sigma.square()).sqrt()
-
-    def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
+    def ab(self, c: Coefficients) -> tuple[Time, Time]:
         """(σ/(σ_d·√V), −α·σ_d/√V)."""
-        std = self._std(path, t)
-        return path.sigma(t) / (self.sigma_data * std), -path.alpha(t) * self.sigma_data / std
+        c_in = self.c_in(c)
+        return c.sigma * c_in / self.sigma_data, -c.alpha * self.sigma_data * c_in
 
-    def c_in(self, path: Path, t: Time) -> Time:
+    def c_in(self, c: Coefficients) -> Time:
         """1/√V."""
-        return 1 / self._std(path, t)
+        return (c.alpha.square() * self.sigma_data**2 + c.sigma.square()).rsqrt()
 
     def c_noise(self, path: Path, t: Time) -> Time:
         """ln(σ/α)/4, which is −λ/8."""
@@ -130,9 +127,9 @@ class EDM(Prediction):
 class Velocity(Prediction):
     """F = dx_t/dt = α̇·x0 + σ̇·ε (Lipman et al. 2023, eq. 9; Liu et al. 2022, eq. 1)."""
 
-    def ab(self, path: Path, t: Time) -> tuple[Time, Time]:
+    def ab(self, c: Coefficients) -> tuple[Time, Time]:
         """(α̇, σ̇)."""
-        return path.coefficients(t)[2:]
+        return c.d_alpha, c.d_sigma
 
 
 def check_legal(path: Path, prediction: Prediction, bound: float = 1e5) -> None:

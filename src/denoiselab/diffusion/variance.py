@@ -69,7 +69,9 @@ def variational_bound(path: Path, t: Time, x0: Images, guess: Images, share: Ima
     low, high = per_sample(step.log_small, x0), per_sample(step.log_large, x0)
     log_variance = share * high + (1 - share) * low
     kl = normal_kl(per_sample(step.gain, x0) * (x0 - guess), low, log_variance)
-    nats = torch.where(step.first.reshape(-1, 1, 1, 1), decoder_nll(x0, guess, log_variance), kl)
+    first = step.first.reshape(-1, 1, 1, 1)
+    # Elsewhere the guess may be too far off for its likelihood to have a gradient, which `where` would make a NaN.
+    nats = torch.where(first, decoder_nll(x0, torch.where(first, guess, x0), log_variance), kl)
     return nats.flatten(1).mean(1) / math.log(2)
 
 

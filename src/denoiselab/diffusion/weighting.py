@@ -155,9 +155,9 @@ class Sigmoid(FixedWeighting):
 
     def weight(self, path: Path, t: Time) -> Time:
         """sigmoid(bias − λ)·(σ̇·α − α̇·σ)·α/σ³."""
-        alpha, sigma = path.alpha(t), path.sigma(t)
-        speed = path.d_sigma(t) * alpha - path.d_alpha(t) * sigma
-        return torch.sigmoid(self.bias - path.log_snr(t)) * speed * alpha / sigma**3
+        c = path.coefficients(t)
+        speed = c.d_sigma * c.alpha - c.d_alpha * c.sigma
+        return torch.sigmoid(self.bias - path.log_snr(t)) * speed * c.alpha / c.sigma**3
 
 
 class EDMWeight(FixedWeighting):

@@ -19,7 +19,7 @@ class BitsPerDim:
     """The mean bits per dimension of the first test images.
 
     Args:
-        images: how many, at least 1.
+        images: how many, at least 2.
         steps: of the solver, four network evaluations each.
         probes: of Hutchinson's estimate per image.
         batch_size: images per network call.
@@ -29,9 +29,10 @@ class BitsPerDim:
     def __init__(
         self, *, images: int = 500, steps: int = 50, probes: int = 1, batch_size: int = 250, seed: int = 0
     ) -> None:
-        for name, value in (("images", images), ("steps", steps), ("probes", probes), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+        lowest = {"images": 2, "steps": 1, "probes": 1, "batch_size": 1, "seed": 0}
+        for name, value in zip(lowest, (images, steps, probes, batch_size, seed), strict=True):
+            if value < lowest[name]:
+                raise ValueError(f"{name}={value}: must be at least {lowest[name]}")
         self.images, self.steps, self.probes, self.batch_size, self.seed = images, steps, probes, batch_size, seed
 
     def measure(

@@ -70,12 +70,12 @@ def generate(
         batch_size: samples per network call.
         device: where the network is.
     """
-    images = []
+    images, points = [], sampler.plan(denoiser)[0]
     for start in range(0, len(indices), batch_size):
         index = torch.as_tensor(indices[start : start + batch_size])
         condition = Condition(label=None if labels is None else labels[index]).to(device)
         noise = NoiseSource(seed=seed, index=index.to(device))
-        images.append(codec.decode(sampler.sample(denoiser, shape, condition, noise)).cpu())
+        images.append(codec.decode(sampler.sample(denoiser, shape, condition, noise, points)).cpu())
     return torch.cat(images)
 
 

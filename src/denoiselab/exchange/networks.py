@@ -115,6 +115,9 @@ def empty(node: dict[str, Any]) -> nn.Module:
     Raises:
         ValueError: if an argument is missing, unknown, or refused.
     """
+    for key, value in node.items():
+        if isinstance(value, dict):  # a foreign file must not name anything to be imported or built
+            raise ValueError(f"arguments.{key}={value}: must be a plain value")
     check_types(node, "arguments")
     with torch.device("meta"):
         return NETWORKS[node["_target_"]](**{key: value for key, value in node.items() if key != "_target_"})

@@ -38,10 +38,8 @@ class DenoiserProgram(nn.Module):
         path, prediction = self.denoiser.path, self.denoiser.prediction
         width = getattr(self.network, "augment_dim", 0)
         condition = Condition(label=label, augment=x.new_zeros(x.shape[0], width) if width else None)
-        pair = prediction.pair(path, t)
-        output = self.network(
-            per_sample(prediction.c_in(path, t), x) * x, prediction.c_noise(path, t).float(), condition
-        )
+        pair, c_in = prediction.pair(path, t), prediction.c_in(path.coefficients(t))
+        output = self.network(per_sample(c_in, x) * x, prediction.c_noise(path, t).float(), condition)
         output = output[:, : x.shape[1]]  # without a learned variance
         return per_sample(pair.b / pair.det, x) * x - per_sample(pair.sigma / pair.det, x) * output
 

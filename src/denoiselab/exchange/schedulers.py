@@ -106,6 +106,17 @@ def _same(a: Tensor, b: Tensor, atol: float = 1e-9) -> bool:
     return torch.allclose(a, b, rtol=0, atol=atol)
 
 
+def sampling_notes(config: dict[str, Any]) -> tuple[str, ...]:
+    """What a scheduler does in sampling that an import does not carry over."""
+    shift = config.get("shift", 1.0)
+    said = {
+        "x0 was clipped in sampling: guidance=dynamic_threshold guidance.percentile=1e-6": config.get("clip_sample"),
+        "x0 was thresholded in sampling: guidance=dynamic_threshold": config.get("thresholding"),
+        f"times were shifted in sampling: sampler/grid=shifted sampler.grid.shift={shift}": shift not in (None, 1.0),
+    }
+    return tuple(note for note, here in said.items() if here)
+
+
 def from_scheduler(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Our path and prediction, as config nodes, for a scheduler_config.json.
 

@@ -1,7 +1,7 @@
 """Certificates: what the paths, predictions and samplers claim, measured in float64 on densities with known answers.
 
-- *conversion*: x0 and ε are read back from the prediction of random x0 and ε; largest error over the path. The gain of
-  rounding errors, max(α, σ)/|det|, is divided out.
+- *conversion*: x0 and ε are read back from the prediction of random x0 and ε; largest error over the path. Pairs that are
+  *refused* lose more than that.
 - *order*: the probability-flow ODE of a mixture is solved between two noise levels inside the path; the slope of the
   error under halved steps. Multistep samplers are given exact starting values; *shipped* is the order with the start that
   their YAML has.
@@ -38,8 +38,10 @@ START_LEVEL = 3.0
 STEPS = (96, 192, 384, 768)  # halved until the slope has settled
 GIVEN = 3  # starting values of multistep samplers
 FEW = 10  # evaluations
-# In the path's own time: equal steps in t cross most of the Laplace path's noise levels in the first and the last step.
-UNSTABLE = {("euler_t", "laplace"), ("heun_t", "laplace")}
+# The bound on the distance from the ODE's solution at few steps. Two samplers are rough there: their second slope is asked
+# far from the solution. In the Laplace path's time nearly all noise levels lie at its two ends: anything may happen.
+NEAR = {"heun": 1.5, "dpm_2": 1.5}
+ANYTHING = {("euler_t", "laplace"), ("heun_t", "laplace"), ("pndm", "laplace")}
 KARRAS = Karras(sigma_min=0.002, sigma_max=80.0)
 
 
@@ -50,8 +52,8 @@ class Row:
     Args:
         subject: which prediction or sampler.
         path: on which path.
-        check: conversion, order, shipped, moments, rate, few steps or nfe.
-        value: what was measured; None where the pair is refused with a message, as it should be, or the check has no meaning.
+        check: conversion, refused, order, shipped, moments, rate, few steps or nfe.
+        value: what was measured.
         low: the least it may be.
         high: the most it may be.
     """
@@ -59,23 +61,21 @@ class Row:
     subject: str
     path: str
     check: str
-    value: float | None
+    value: float
     low: float = -math.inf
     high: float = math.inf
 
     @property
     def inside(self) -> bool:
         """Whether it is inside its bound; NaN is not."""
-        return self.value is None or self.low <= self.value <= self.high
+        return self.low <= self.value <= self.high
 
 
-def conversion(path: Path, prediction: Prediction) -> float | None:
-    """Largest error of x0 and ε, or None if the pair is refused."""
-    try:
-        check_legal(path, prediction)
-    except ValueError:
-        return None
+def conversion(path: Path, prediction: Prediction) -> float:
+    """Largest error of x0 and ε as they are read back; ∞ where they cannot be, or the network cannot be asked."""
     t = torch.linspace(path.t_min, path.t_max, 257, dtype=torch.float64)
+    if not bool(prediction.c_noise(path, t).isfinite().all()):
+        return math.inf
     x0, eps = NoiseSource(seed=0, index=torch.arange(257)).normal("pair", (2, 1, 2, 2), torch.float64).unbind(1)
     pair = prediction.pair(path, t)
     alpha, sigma, a, b = (per_sample(c, x0) for c in pair)
@@ -83,9 +83,8 @@ def conversion(path: Path, prediction: Prediction) -> float | None:
     said = NetworkDenoiser(network=lambda *_: output, path=path, prediction=prediction)(
         alpha * x0 + sigma * eps, t, Condition()
     )
-    gain = per_sample((torch.maximum(pair.alpha, pair.sigma) / pair.det.abs()).clamp(min=1), x0)
-    scale = gain * torch.maximum(alpha * x0.abs(), sigma * eps.abs()).clamp(min=1)
-    return float(torch.maximum((said.x0 - x0).abs() / scale, (said.eps - eps).abs() / scale).max())
+    error = torch.maximum((said.x0 - x0).abs(), (said.eps - eps).abs())
+    return float(error.nan_to_num(nan=math.inf).max())
 
 
 def _noise(count: int) -> NoiseSource:
@@ -235,8 +234,8 @@ def certify_sampler(name: str, sampler: Sampler, on: str, path: Path) -> list[Ro
     if sampler.adaptive:
         error, cost = solution_error(sampler, path, 1)
         add("few steps", error, 0, 1e-3)
-        add("nfe", cost, 1)
-        add("moments", moment_error(sampler, path, 1), 0, 1e-4)
+        add("nfe", cost, 7)
+        add("moments", moment_error(sampler, path, 1), 0, 1e-3)
         return rows
     if not sampler.stochastic:
         exact_start, shipped = orders(sampler, path)
@@ -246,24 +245,28 @@ def certify_sampler(name: str, sampler: Sampler, on: str, path: Path) -> list[Ro
         add("shipped", shipped, sampler.order - 0.15)
     coarse, fine = (moment_error(sampler, path, steps) for steps in (60, 120))
     add("moments", fine, 0, 0.06 if sampler.order == 1 else 0.01)
-    if fine > 1e-6:
-        add("rate", math.log2(coarse / fine), 0.8)
+    if fine > 1e-3 and (name, on) not in ANYTHING:  # smaller ones may be of a higher order, or not yet settled
+        add("rate", math.log2(coarse / fine), min(sampler.order, 2) - 0.25)
     costs = [solution_error(sampler, path, steps)[1] for steps in (4, 12)]
-    add("nfe", (costs[1] - costs[0]) / 8, 1, 4)
+    add("nfe", (costs[1] - costs[0]) / 8, sampler.evaluations, sampler.evaluations)
     if not sampler.stochastic:
         within = [error for error, cost in (solution_error(sampler, path, n) for n in range(1, FEW + 1)) if cost <= FEW]
-        stable = (name, on) not in UNSTABLE
-        add("few steps", within[-1], 0.0 if stable else 2.0, 2.0 if stable else math.inf)
+        add("few steps", within[-1], 0, math.inf if (name, on) in ANYTHING else NEAR.get(name, 0.5))
     return rows
 
 
 def certify_predictions(predictions: Mapping[str, Prediction], paths: Mapping[str, Path]) -> list[Row]:
-    """The conversion error of every pair."""
-    return [
-        Row(name, on, "conversion", conversion(path, prediction), 0, 1e-10)
-        for name, prediction in predictions.items()
-        for on, path in paths.items()
-    ]
+    """The conversion error of every pair; where a pair is refused, that it really cannot be read to 11 digits."""
+    rows = []
+    for name, prediction in predictions.items():
+        for on, path in paths.items():
+            error = conversion(path, prediction)
+            try:
+                check_legal(path, prediction)
+                rows.append(Row(name, on, "conversion", error, 0, 1e-11))
+            except ValueError:
+                rows.append(Row(name, on, "refused", error, 1e-11))
+    return rows
 
 
 class Curve(NamedTuple):

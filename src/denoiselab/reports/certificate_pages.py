@@ -14,6 +14,7 @@ from rich.table import Table
 
 from denoiselab.reports.certificate import Curve, Row
 
+READ = ("conversion", "refused")
 COLUMNS = {
     "order": "order",
     "shipped": "as shipped",
@@ -40,22 +41,22 @@ Made by `make certify`. Everything is measured in float64 on densities whose bes
 - **moments**: error of mean and standard deviation on Gaussian data after 120 steps, relative to the standard deviation,
   propagated exactly (every step is affine), noise included; **rate**: its order in the number of steps.
 - **NFE/step**: network evaluations a step, or in all for an adaptive solver. **10 NFE**: distance from the exact solution
-  of the ODE with at most ten evaluations (root mean square, of the data's own) on the grid of the YAML; an adaptive
-  solver takes as many as it needs.
+  of the ODE with at most ten evaluations (root mean square, of the data's own) on the grid of the YAML, or on Karras's
+  where the path refuses that one; an adaptive solver takes as many as it needs.
 - **conversion**: largest error of x0 and ε read back from a prediction, over the whole path; *refused* pairs cannot be
-  read somewhere on it and are config errors.
+  read to eleven digits somewhere on it and are config errors.
 
-The plot shows the error in the ODE's solution against evaluations, every sampler with its shipped grid, between
-σ/α = 80 and 0.002. The grey lines have slopes 1 to 4."""
+The plot shows the error in the ODE's solution against evaluations between σ/α = 80 and 0.002, on the same grids. The grey
+lines have slopes 1 to 4."""
 
 
 def show(row: Row | None) -> str:
     """A value as it stands in a table; one outside its bound is marked."""
     if row is None:
         return ""
-    if row.value is None:
+    if row.check == "refused" and row.inside:
         return "refused"
-    small = row.check in ("conversion", "moments", "few steps")
+    small = row.check in ("conversion", "refused", "moments", "few steps")
     text = f"{row.value:.1e}" if small else f"{row.value:.2f}" if row.check != "nfe" else f"{row.value:g}"
     return text if row.inside else f"{text} OUTSIDE"
 
@@ -64,17 +65,20 @@ def _tables(rows: Sequence[Row]) -> dict[str, list[list[str]]]:
     """The tables with their headings: predictions by path, a line for each sampler on each path, one for each sampler."""
     by = {(row.subject, row.path, row.check): row for row in rows}
     paths = list(dict.fromkeys(row.path for row in rows))
-    predictions = list(dict.fromkeys(row.subject for row in rows if row.check == "conversion"))
-    samplers = list(dict.fromkeys(row.subject for row in rows if row.check != "conversion"))
+    predictions = list(dict.fromkeys(row.subject for row in rows if row.check in READ))
+    samplers = list(dict.fromkeys(row.subject for row in rows if row.check not in READ))
     pairs = [["path", *predictions]]
-    pairs += [[path, *(show(by.get((name, path, "conversion"))) for name in predictions)] for path in paths]
+    pairs += [
+        [path, *(show(next(filter(None, (by.get((name, path, c)) for c in READ)))) for name in predictions)]
+        for path in paths
+    ]
     lines = [["sampler", "path", *COLUMNS.values()]]
     lines += [[name, path, *(show(by.get((name, path, c))) for c in COLUMNS)] for name in samplers for path in paths]
     summary = [["sampler", *COLUMNS.values()]]
     for name in samplers:
         summary.append([name])
         for check in COLUMNS:
-            found = sorted((r for r in rows if (r.subject, r.check) == (name, check)), key=lambda r: r.value or 0.0)
+            found = sorted((r for r in rows if (r.subject, r.check) == (name, check)), key=lambda r: r.value)
             ends = list(dict.fromkeys(map(show, (found[0], found[-1])))) if found else []
             summary[-1].append(" – ".join(ends))
     return {

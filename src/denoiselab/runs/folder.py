@@ -70,6 +70,20 @@ def newest_run(root: Path) -> Path:
     return runs[-1].resolve()
 
 
+def prepare_folder(folder: Path) -> None:
+    """Make a folder that is about to be written to, with those above it.
+
+    Raises:
+        ValueError: if that cannot be, before any work is lost.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder} cannot be written to")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write plain data, complete or not at all."""
     beside = path.with_name(f".{path.name}.partial")

@@ -132,6 +132,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict) or loaded.get("schema") != SCHEMA:
         found = loaded.get("schema") if isinstance(loaded, dict) else None
         raise ValueError(f"checkpoint={path}: layout {found} is not the layout {SCHEMA} that this version reads")
+    for key, kind in (("config", dict), ("ema", dict), ("state_dict", dict), ("global_step", int)):
+        if not isinstance(loaded.get(key), kind):
+            raise ValueError(f"checkpoint={path}: has no {key}; it is damaged, or not of this program")
     return loaded
 
 

@@ -152,6 +152,8 @@ class Laplace(VariancePreserving):
     lowest = 1e-15
     highest = 1 - 1e-9
 
+    even = False
+
     def __init__(self, *, mu: float = 0.0, b: float = 0.5, t_min: float = 1e-9, t_max: float = 1 - 1e-7) -> None:
         super().__init__(t_min=t_min, t_max=t_max)
         if not b > 0:

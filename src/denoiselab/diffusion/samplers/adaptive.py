@@ -69,6 +69,12 @@ class DormandPrince(Sampler):
         """Steps are chosen per sample, see `integrate`."""
         raise AssertionError
 
+    def check(self, denoiser: Denoiser) -> None:
+        """Also that it is an ODE which is solved."""
+        super().check(denoiser)
+        if getattr(denoiser, "remembers", False):
+            raise ValueError("_target_=DormandPrince: APG with a momentum follows no ODE; use guidance.momentum=0")
+
     def points(self, path: Path, steps: int) -> list[Point]:
         """Both ends of the path, and the clean end; nobody knows the steps beforehand."""
         return [*points_of(path, torch.tensor([path.t_max, path.t_min], dtype=torch.float64)), CLEAN]
@@ -99,7 +105,8 @@ class DormandPrince(Sampler):
 
         def velocity(x: Images, t: Tensor) -> Images:
             said = denoiser(x, t, condition)
-            return per_sample(path.d_alpha(t), x) * said.x0 + per_sample(path.d_sigma(t), x) * said.eps
+            c = path.coefficients(t)
+            return per_sample(c.d_alpha, x) * said.x0 + per_sample(c.d_sigma, x) * said.eps
 
         def size(v: Images, scale: Images) -> Tensor:
             return (v / scale).double().flatten(1).square().mean(1).sqrt()

@@ -108,7 +108,9 @@ class Sampler(ABC):
         steps: the number of steps instead; at least 1. Exactly one of the two is given.
     """
 
-    order: int = 1  # of convergence to the ODE between two times inside the path; 1 for stochastic samplers
+    order: int = 1  # of convergence to the ODE between two times inside the path; with noise, of the moments
+    evaluations: int = 1  # of the network in a step, once the start is over
+    stochastic: bool = False  # whether steps add noise
     adaptive: bool = False  # whether the solver chooses its own steps, so that their number is not known beforehand
     needs_consistent: bool = True  # whether x_t = α·x0 + σ·ε is relied on
 
@@ -119,11 +121,6 @@ class Sampler(ABC):
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
         self.grid, self.nfe, self.steps = grid, nfe, steps
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether steps add noise."""
-        return False
 
     @abstractmethod
     def step(self, x: Images, q: Point, history: History, ask: Ask, normal: Normal) -> Images:
@@ -225,7 +222,14 @@ class Sampler(ABC):
         self.integrate(counter, nothing, points, Condition(), _Silence())
         return counter.count
 
-    def sample(self, denoiser: Denoiser, shape: Sequence[int], condition: Condition, noise: NoiseSource) -> Images:
+    def sample(
+        self,
+        denoiser: Denoiser,
+        shape: Sequence[int],
+        condition: Condition,
+        noise: NoiseSource,
+        points: Sequence[Point] | None = None,
+    ) -> Images:
         """One sample x0 for each index of `noise`.
 
         Args:
@@ -233,8 +237,9 @@ class Sampler(ABC):
             shape: (C, H, W).
             condition: of the batch, on the device of `noise.index`.
             noise: sample i depends on (seed, i) alone.
+            points: of `plan`, for callers with many batches; None plans anew.
         """
-        points, _ = self.plan(denoiser)
+        points = self.plan(denoiser)[0] if points is None else points
         x = points[0].sigma * noise.normal("start", shape)
         return self.integrate(denoiser, x, points, condition, noise)
 

@@ -13,13 +13,14 @@ the step, exactly up to rounding: with nodes s_j and Lagrange polynomials L_j th
       x_q = (σ_q/σ_p)·e^{−ηh}·x_p + (1+η)·σ_q·e^{−ηℓ_q}·∫ e^{(1+η)ℓ}·x0 dℓ + σ_q·√(1 − e^{−2ηh})·z.                       (2)
 
 Order. n nodes make a global order n, and a corrector, which adds the answer at q to the nodes, one more. The first steps have
-fewer nodes; a first step of order r keeps a method of order r + 1 whole, so where that is not enough the start is made by
-Runge-Kutta steps (`start: runge_kutta`) instead of the published lower-order ones (`start: lower_order`).
+fewer nodes; steps of order r there keep a method of order r + 1 whole. Where the published start (`start: lower_order`) is of
+lower order than that, Runge-Kutta steps in the same variable make it (`start: runge_kutta`), for one or two evaluations more.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from functools import lru_cache
 from itertools import islice
 from typing import Literal
@@ -29,7 +30,7 @@ import torch
 from denoiselab.diffusion.denoiser import Images
 from denoiselab.diffusion.grids import Grid
 from denoiselab.diffusion.samplers.base import Ask, History, Normal, Point, Sampler, Visit
-from denoiselab.diffusion.samplers.single_step import HEUN, RK4, ddim, runge_kutta
+from denoiselab.diffusion.samplers.single_step import ddim
 
 Start = Literal["lower_order", "runge_kutta"]
 
@@ -81,7 +82,24 @@ class _Multistep(Sampler):
         return self.start == "runge_kutta" and len(self._latest(history)) < self.nodes - 1
 
     def _starting_step(self, x: Images, q: Point, history: History, ask: Ask) -> Images:
-        return runge_kutta(HEUN if self.order == 3 else RK4, x, q, history, ask)
+        """The Runge-Kutta step of order 2 or 3 that integrates lines through p and the latest stage, in s.
+
+        Stages at ½, or at ⅓ and ⅔: with κ = 1 these are the midpoint rule and Heun's method of third order.
+        """
+        start = history[-1]
+        visits = [start]
+        for place in (1 / 2,) if self.order == 3 else (1 / 3, 2 / 3):
+            m = ask.point(self._level_between(start.point, q, place))
+            visits = [start, Visit(m, ask(self._advance(x, start.point, m, visits), m))]
+        return self._advance(x, start.point, q, visits)
+
+    def _level_between(self, p: Point, q: Point, place: float) -> float:
+        """The σ/α of a place on the way in s: here the logarithm of σ/α."""
+        return math.exp(-p.half_log_snr - place * (q.half_log_snr - p.half_log_snr))
+
+    @abstractmethod
+    def _advance(self, x: Images, p: Point, q: Point, visits: list[Visit]) -> Images:
+        """From p to q along the ODE, with the polynomial through the visits."""
 
 
 class Adams(_Multistep):
@@ -124,8 +142,16 @@ class Adams(_Multistep):
             return ddim(said.x0, said.eps, q)
         if self._too_few(history):
             return self._starting_step(x, q, history, ask)
-        latest = self._latest(history)
-        for visit, w in zip(latest, self._weights(p, q, latest), strict=True):
+        return self._advance(x, p, q, self._latest(history))
+
+    def _level_between(self, p: Point, q: Point, place: float) -> float:
+        """Between σ/α itself where that is the variable."""
+        return (
+            p.level + place * (q.level - p.level) if self.variable == "level" else super()._level_between(p, q, place)
+        )
+
+    def _advance(self, x: Images, p: Point, q: Point, visits: list[Visit]) -> Images:
+        for visit, w in zip(visits, self._weights(p, q, visits), strict=True):
             x = x + (p.alpha * w) * visit.posterior.eps
         return (q.alpha / p.alpha) * x
 
@@ -175,13 +201,8 @@ class DPMSolverPP(_Multistep):
         super().__init__(grid=grid, order=order, most=3, start=start, nfe=nfe, steps=steps)
         if not 0 <= eta < math.inf:
             raise ValueError(f"eta={eta}: must be at least 0")
-        self.eta, self.corrector = eta, corrector
-        self.order = 1 if eta > 0 else order + corrector
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether η is above 0."""
-        return self.eta > 0
+        self.eta, self.corrector, self.stochastic = eta, corrector, eta > 0
+        self.order = min(order, 2) if eta > 0 else order + corrector
 
     def step(self, x: Images, q: Point, history: History, ask: Ask, normal: Normal) -> Images:
         """Equation (2) with the latest answers; again with the new one if there is a corrector."""
@@ -202,11 +223,14 @@ class DPMSolverPP(_Multistep):
         history.append(answer)
         return self._add(base, p, q, [*latest, answer])
 
-    def _add(self, base: Images, p: Point, q: Point, visits: list[Visit]) -> Images:
-        """The integral of equation (2), added to the rest."""
+    def _advance(self, x: Images, p: Point, q: Point, visits: list[Visit]) -> Images:
+        return self._add((q.sigma / p.sigma) * x, p, q, visits, exact=True)
+
+    def _add(self, base: Images, p: Point, q: Point, visits: list[Visit], *, exact: bool = False) -> Images:
+        """The integral of equation (2), added to the rest; two nodes as published, or exactly."""
         start, end, rate = p.half_log_snr, q.half_log_snr, 1 + self.eta
         nodes = tuple(v.point.half_log_snr for v in visits)
-        if len(nodes) == 2:
+        if len(nodes) == 2 and not exact:
             total, other = -math.expm1(-rate * (end - start)), nodes[1]
             slope = total * (end - start) / 2 / (other - start)
             ws: tuple[float, ...] = (total - slope, slope)

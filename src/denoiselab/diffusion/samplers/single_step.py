@@ -56,12 +56,7 @@ class DDIM(Sampler):
         super().__init__(grid=grid, nfe=nfe, steps=steps)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta}: must be in [0, 1]")
-        self.eta = eta
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether η is above 0."""
-        return self.eta > 0
+        self.eta, self.stochastic = eta, eta > 0
 
     def step(self, x: Images, q: Point, history: History, ask: Ask, normal: Normal) -> Images:
         """x_q = α_q·x0 + √(σ_q² − s²)·ε + s·z."""
@@ -84,6 +79,8 @@ class DDPM(Sampler):
     Source: Ho, Jain & Abbeel 2020, eq. 6–7 and section 3.2; learned: Nichol & Dhariwal 2021, eq. 15.
     """
 
+    stochastic = True
+
     def __init__(
         self,
         *,
@@ -102,11 +99,6 @@ class DDPM(Sampler):
         super().check(denoiser)
         if self.variance == "learned" and not getattr(denoiser, "learned_variance", True):
             raise ValueError(NOT_LEARNED)
-
-    @property
-    def stochastic(self) -> bool:
-        """Always."""
-        return True
 
     def step(self, x: Images, q: Point, history: History, ask: Ask, normal: Normal) -> Images:
         """The posterior mean (α_{p|q}·σ_q²·x_p + α_q·σ²_{p|q}·x0)/σ_p², and noise of one of the variances."""
@@ -132,7 +124,7 @@ class EulerT(Sampler):
 class HeunT(Sampler):
     """Heun in the path's own time. Second order, two evaluations a step."""
 
-    order = 2
+    order = evaluations = 2
 
     def step(self, x: Images, q: Point, history: History, ask: Ask, normal: Normal) -> Images:
         """The mean of the velocities at both ends."""
@@ -181,7 +173,7 @@ class Heun(Sampler):
     Source: Karras et al. 2022, algorithm 1 in x/α.
     """
 
-    order = 2
+    order = evaluations = 2
     tableau: ClassVar[Tableau] = HEUN
 
     def step(self, x: Images, q: Point, history: History, ask: Ask, normal: Normal) -> Images:
@@ -192,7 +184,7 @@ class Heun(Sampler):
 class RungeKutta4(Heun):
     """The classical Runge-Kutta method in σ/α. Fourth order, four evaluations a step."""
 
-    order = 4
+    order = evaluations = 4
     tableau = RK4
 
 
@@ -231,13 +223,8 @@ class StochasticHeun(Heun):
         if not 0 < s_noise < math.inf:
             raise ValueError(f"s_noise={s_noise}: must be positive")
         self.s_churn, self.s_min, self.s_noise = s_churn, s_min, s_noise
-        self.order = 1 if s_churn > 0 else 2
+        self.stochastic, self.order = s_churn > 0, 1 if s_churn > 0 else 2
         self.s_max = math.inf if s_max is None else s_max
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether there is churn."""
-        return self.s_churn > 0
 
     def perturb(self, x: Images, p: Point, ask: Ask, normal: Normal) -> tuple[Images, Point]:
         """x̂/α̂ = x/α + √(ρ̂² − ρ²)·s_noise·z; no further than the path's noise end."""
@@ -261,7 +248,7 @@ class Midpoint(Sampler):
     Source: Karras et al. 2022, algorithm 3 with α = 1/2; DPM-Solver-2: Lu et al. 2022a, algorithm 1.
     """
 
-    order = 2
+    order = evaluations = 2
 
     def __init__(
         self,
@@ -292,7 +279,7 @@ class DPMSolverPP2S(Sampler):
     Source: Lu et al. 2022b, algorithm 1 with r = 1/2.
     """
 
-    order = 2
+    order = evaluations = 2
 
     def step(self, x: Images, q: Point, history: History, ask: Ask, normal: Normal) -> Images:
         """x_q = (σ_q/σ_p)·x_p + (α_q − α_p·σ_q/σ_p)·x0_m."""
