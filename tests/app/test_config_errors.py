@@ -34,9 +34,9 @@ TRAIN = {
     "unknown groups and choices": [
         ("flavour=vanilla", ["flavour=vanilla", "no such key", "sampler"]),
         ("gidance=cfg", ["gidance=cfg", "did you mean guidance?"]),
-        ("sampler=dopri5", ["sampler=dopri5", "heun", "dpmpp_2m"]),
-        ("objective/prediction=score", ["objective/prediction=score", "velocity"]),
-        ("sampler/grid=cosine", ["sampler/grid=cosine", "log_snr"]),
+        ("sampler=dopri9", ["sampler=dopri9", "heun", "dpmpp_2m"]),
+        ("objective/prediction=scores", ["objective/prediction=scores", "velocity"]),
+        ("sampler/grid=cosinus", ["sampler/grid=cosinus", "log_snr"]),
         ("experiment=nothing", ["experiment=nothing", "digits_guided"]),
         ("sampler=null", ["sampler=null", "must be"]),
         ("~optimizer", ["optimizer", "must be"]),
@@ -81,7 +81,7 @@ TRAIN = {
     ],
     "what does not fit together": [
         ("objective=rectified_flow objective/prediction=epsilon", ["prediction=epsilon", "t=1", "t_max=0.999"]),
-        ("sampler/grid=log_snr", ["sampler.grid=LogSNR", "pure noise", "sampler/grid=uniform"]),
+        ("sampler/grid=log_snr sampler.grid.sigma_max=null", ["sampler.grid=LogSNR", "pure noise", "sampler/grid=uniform"]),
         ("sampler/grid=karras sampler.grid.sigma_max=null", ["sampler.grid=Karras", "pure noise", "sigma_max=80"]),
         ("sampler/grid=karras sampler.grid.sigma_min=99", ["sampler.grid.sigma_min=99", "below sigma_max=80"]),
         ("backbone=dit backbone.patch_size=3", ["backbone.patch_size=3", "divide the resolution 8x8"]),
@@ -158,7 +158,7 @@ def test_a_broken_image_is_named(tmp_path):
         ("checkpoint=missing.ckpt", ["checkpoint=missing.ckpt", "no such file"]),
         ("", ["run=null", "no run in runs"]),
         ("smapler=heun", ["smapler=heun", "no such key"]),
-        ("sampler=dopri5", ["sampler=dopri5", "heun"]),
+        ("sampler=dopri9", ["sampler=dopri9", "heun"]),
         ("seed=abc", ["seed=abc", "an integer"]),
     ],
 )

@@ -56,7 +56,7 @@ def refused(cwd, target, *options, command="sample"):
         {"_target_": "subprocess.run", "_args_": [["touch", "harmed"]]},
         {"_target_": "denoiselab.runs.folder.subprocess.run", "args": ["touch", "harmed"]},
         {"_target_": "denoiselab.training.logs.WandbLogger", "project": "harmed"},
-        {"_target_": "denoiselab.diffusion.samplers.partial", "_partial_": True},
+        {"_target_": "denoiselab.diffusion.samplers.base.partial", "_partial_": True},
         {"_target_": "builtins.exec", "source": "open('harmed', 'w')"},
         {"_target_": "hydra.utils.get_method", "path": "os.system"},
         {"_target_": "denoiselab_evil.Sampler"},
