@@ -81,7 +81,10 @@ TRAIN = {
     ],
     "what does not fit together": [
         ("objective=rectified_flow objective/prediction=epsilon", ["prediction=epsilon", "t=1", "t_max=0.999"]),
-        ("sampler/grid=log_snr sampler.grid.sigma_max=null", ["sampler.grid=LogSNR", "pure noise", "sampler/grid=uniform"]),
+        (
+            "sampler/grid=log_snr sampler.grid.sigma_max=null",
+            ["sampler.grid=LogSNR", "pure noise", "sampler/grid=uniform"],
+        ),
         ("sampler/grid=karras sampler.grid.sigma_max=null", ["sampler.grid=Karras", "pure noise", "sigma_max=80"]),
         ("sampler/grid=karras sampler.grid.sigma_min=99", ["sampler.grid.sigma_min=99", "below sigma_max=80"]),
         ("backbone=dit backbone.patch_size=3", ["backbone.patch_size=3", "divide the resolution 8x8"]),
