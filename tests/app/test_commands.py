@@ -302,3 +302,50 @@ def test_a_measurement_stays_in_the_run_folder(tiny_run, tmp_path):
     assert new.startswith("evaluations/step_0000004_ema_")
     (tiny_run / new).unlink()
     assert files_below(tmp_path) == []
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_work(tiny_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    for command in ("sample", "evaluate"):
+        done = call(
+            command,
+            f"run={tiny_run}",
+            "output=file/here/x.json" if command == "evaluate" else "output=file/x.png",
+            cwd=tmp_path,
+        )
+        assert done.code == 2
+        assert done.err.startswith("config error: output")
+        assert "file" in done.err
+        assert done.err.count("\n") == 1
+
+
+def test_options_that_a_sampler_does_not_have_are_named(tiny_run, tmp_path):
+    done = call("sample", f"run={tiny_run}", "sampler=dopri5", "steps=2", cwd=tmp_path)
+    assert done.code == 2
+    assert done.err == "config error: steps=2: this sampler chooses its own steps; leave nfe and steps out\n"
+
+
+def test_other_data_than_the_networks_is_refused(tiny_run, fashion_folder, tmp_path):
+    data = ["datamodule=fashion_mnist", f"datamodule.root={fashion_folder}", "metrics=bits_per_dim"]
+    done = call("evaluate", f"run={tiny_run}", *data, cwd=tmp_path)
+    assert done.code == 2
+    assert done.err.startswith("config error: backbone.resolution=8: the data has 28x28")
+
+
+def test_a_checkpoint_that_lacks_a_part_is_one_line(tiny_run, tmp_path):
+    for key in ("config", "ema", "state_dict", "global_step"):
+        loaded = load_checkpoint(newest_checkpoint(tiny_run))
+        del loaded[key]
+        torch.save(loaded, tmp_path / "less.ckpt")
+        done = call("sample", "checkpoint=less.ckpt", cwd=tmp_path)
+        assert (done.code, done.err) == (
+            2,
+            f"config error: checkpoint=less.ckpt: has no {key}; it is damaged, or not of this program\n",
+        )
+    for key in ("objective", "seed", "codec"):
+        loaded = load_checkpoint(newest_checkpoint(tiny_run))
+        del loaded["config"][key]
+        torch.save(loaded, tmp_path / "less.ckpt")
+        done = call("sample", "checkpoint=less.ckpt", cwd=tmp_path)
+        assert (done.code, done.err.count("\n")) == (2, 1)
+        assert f"its config has no {key}" in done.err

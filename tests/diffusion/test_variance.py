@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 
-from denoiselab.diffusion.paths import Cosine, DDPMLinear, RectifiedFlow, VarianceExploding, ZeroTerminalSNR
+from denoiselab.diffusion.paths import Cosine, DDPMCosine, DDPMLinear, RectifiedFlow, VarianceExploding, ZeroTerminalSNR
 from denoiselab.diffusion.variance import chain_step, decoder_nll, normal_kl, variational_bound
 
 LEVELS = -1 + 2 * torch.arange(256, dtype=torch.float64) / 255
@@ -23,6 +23,21 @@ def test_the_variances_are_ddpms_tables():
     torch.testing.assert_close(step.log_small.exp(), torch.cat([small[:1], small]), rtol=1e-9, atol=0)
     gain = ALPHA_BARS[:-1].sqrt() * BETAS[1:] / (1 - ALPHA_BARS[1:])  # of x0 in the posterior mean
     torch.testing.assert_close(step.gain[1:], gain, rtol=1e-9, atol=0)
+
+
+def test_gradients_are_finite_up_to_pure_noise():
+    """Far out the guess is many thousand grey levels off, where the decoder's likelihood has no gradient."""
+    path = DDPMCosine(steps=4000)
+    t = torch.linspace(path.t_max - 0.01, path.t_max, 32, dtype=torch.float64)
+    t[:4] = 1 / 4000
+    x0 = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    error = torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    share = torch.full_like(x0, 0.3, requires_grad=True)
+    guess = x0 + (path.sigma(t) / path.alpha(t)).float().reshape(-1, 1, 1, 1) * error
+    bound = variational_bound(path, t, x0, guess, share, 4000)
+    bound.sum().backward()
+    assert bound.isfinite().all()
+    assert share.grad.isfinite().all()
 
 
 def test_the_variances_are_those_of_diffusers():
