@@ -71,12 +71,16 @@ class NoiseItself:
     """A denoiser whose x0 is 1/4 of the first noise: the picture shows the noise, bit by bit."""
 
     path = Cosine(t_min=0.001, t_max=0.999)
+    consistent = True
 
     def __call__(self, x, t, condition):
         return Posterior(x / 4, torch.zeros_like(x))
 
     def evaluations(self, t):
         return 1
+
+    def fresh(self):
+        return self
 
 
 class Exactly:
