@@ -180,6 +180,10 @@ def test_every_parameter_learns(build):
         ("unet_ddpm_cifar10", (3, 32, 0), 35.746307),
         ("ddpmpp_cifar10", (3, 32, 10), 55.735299),
         ("ncsnpp_cifar10", (3, 32, 10), 56.400643),
+        ("unet_iddpm_cifar10", (3, 32, 0), 52.5),
+        ("unet_torchcfm_cifar10", (3, 32, 0), 35.746307),
+        ("ddpmpp_score_sde_cifar10", (3, 32, 0), 61.804419),
+        ("ncsnpp_score_sde_cifar10", (3, 32, 0), 62.758787),
         ("dit", (1, 8, 10), 1.27),
         ("dit_s_2", (4, 32, 1000), 33),
         ("dit_b_2", (4, 32, 1000), 130),
@@ -191,7 +195,7 @@ def test_shipped_configs(name, data, millions):
     values = zip(("channels", "resolution", "num_classes"), data, strict=True)
     overrides = [f"+backbone={name}", *(f"+datamodule.{key}={value}" for key, value in values)]
     with initialize_config_dir(str(CONF), version_base=None):
-        config = compose(overrides=[*overrides, "+objective.learned_variance=false"])
+        config = compose(overrides=[*overrides, "+objective.learned_variance=false", "+augmentation.dim=0"])
     with torch.device("meta"):
         net = instantiate(config.backbone)
         x = torch.empty(2, data[0], data[1], data[1])

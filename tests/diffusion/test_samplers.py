@@ -74,6 +74,7 @@ class Counting:
         return self
 
 
+@pytest.mark.slow  # and every path in `make certify`
 @every_sampler
 @pytest.mark.parametrize("path", CERTIFIED)
 def test_order_moments_and_cost(path, name):

@@ -250,6 +250,7 @@ def train_importance(folder: str) -> None:
     torch.save(saved, run_dir / f"rank_{module.global_rank}.pt")
 
 
+@pytest.mark.slow
 def test_the_loss_history_does_not_depend_on_ranks_or_accumulation(tmp_path):
     told = []
     whole = importance_module()
