@@ -10,7 +10,8 @@ import torch
 import yaml
 from calls import CONF, NETWORK, SHORT, call, composed, only_run
 
-from denoiselab.app.build import make_module, make_network, make_training
+from denoiselab.app.build import make_module, make_training
+from denoiselab.app.nodes import make_network
 from denoiselab.condition import Condition
 from denoiselab.diffusion.noise import NoiseSource
 from denoiselab.evaluation.generate import balanced_labels

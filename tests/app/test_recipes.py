@@ -9,7 +9,7 @@ import pytest
 import torch
 from calls import CONF, composed
 
-from denoiselab.app.build import make, make_network
+from denoiselab.app.nodes import make, make_network
 from denoiselab.condition import Condition
 
 OWN = {"digits_guided", "fashion_mnist"}  # not from a paper

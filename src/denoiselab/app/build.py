@@ -1,35 +1,28 @@
-"""From a plain config to checked objects: types first, then ranges, then what does not fit together."""
+"""What a run is made of, checked for what does not fit together."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from denoiselab.condition import Condition, height_width
-from denoiselab.data.augmentation import EDMAugmentation, NoAugmentation
+from denoiselab.app.nodes import GROUPS, Parts, check_keys, check_network, make, make_network, make_node
+from denoiselab.app.weights import digest, fit, initial_weights, read_weights
+from denoiselab.condition import Condition
+from denoiselab.data.augmentation import NoAugmentation
 from denoiselab.data.datamodule import ImageDataModule
 from denoiselab.data.order import micro_batch_size
-from denoiselab.diffusion.denoiser import Denoiser, NetworkDenoiser
+from denoiselab.diffusion.denoiser import Denoiser
 from denoiselab.diffusion.guidance import chain
-from denoiselab.diffusion.noise import hash64
-from denoiselab.diffusion.objective import Objective
-from denoiselab.diffusion.samplers import Sampler
 from denoiselab.evaluation.metrics import Metrics
-from denoiselab.runs.checks import check_targets, check_types, check_value, show
+from denoiselab.runs.checks import check_targets, check_types, show
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import newest_run
-from denoiselab.training.checkpoint import load_checkpoint, network_weights, newest_checkpoint
 from denoiselab.training.ema import EMA
-from denoiselab.training.module import Codec, DiffusionModule
+from denoiselab.training.module import DiffusionModule
 from denoiselab.training.schedule import Schedule
 from denoiselab.training.trainer import TrainerSettings
 
@@ -42,97 +35,6 @@ TRAIN_KEYS: dict[str, Any] = {
     "compile": bool,
     "trust": list[str],
 }
-
-GROUPS = (
-    "datamodule",
-    "backbone",
-    "objective",
-    "sampler",
-    "guidance",
-    "optimizer",
-    "schedule",
-    "ema",
-    "metrics",
-    "codec",
-    "augmentation",
-    "trainer",
-    "logger",
-)
-
-
-def make(config: dict[str, Any], group: str) -> Any:
-    """Build what a group of the config describes.
-
-    Raises:
-        ConfigError: if a constructor refuses a value; its message gets the path of the node.
-    """
-    return make_node(config[group], group)
-
-
-def make_node(node: dict[str, Any], path: str) -> Any:
-    """Build what a node of the config describes; `path` is where it stands, for messages.
-
-    Raises:
-        ConfigError: if a constructor refuses a value.
-    """
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        if not isinstance(error.__cause__, ValueError):
-            raise (error.__cause__ or error) from None
-        # Hydra names the node that failed, relative to the group, in the last line of its message.
-        last = str(error).strip().splitlines()[-1]
-        inner = last.removeprefix("full_key: ") if last.startswith("full_key: ") else ""
-        cause = str(error.__cause__).replace("=None", "=null")
-        raise ConfigError(f"{path}.{inner + '.' if inner else ''}{cause}") from error
-
-
-def check_keys(config: dict[str, Any], keys: dict[str, Any]) -> None:
-    """Check the types of the keys outside any group, and then of every node.
-
-    Raises:
-        ConfigError: for the first value of another type.
-    """
-    for key, annotation in keys.items():
-        if key not in config:
-            raise ConfigError(f"{key}: is missing")
-        check_value(config[key], annotation, key)
-    for key in config:
-        if key not in (*keys, *GROUPS, "callbacks", "imported"):
-            raise ConfigError(
-                f"{key}={show(config[key])}: no such key (allowed: {', '.join(sorted(keys))}, and the groups)"
-            )
-    if "seed" in config and not 0 <= config["seed"] < 2**63:
-        raise ConfigError(f"seed={config['seed']}: must be from 0 to 2^63 - 1")
-    for key in ("num_samples", "batch_size"):
-        if key in keys and config[key] < 1:
-            raise ConfigError(f"{key}={config[key]}: must be at least 1")
-    check_types(config)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The objects of a run, without the network."""
-
-    data: ImageDataModule
-    codec: Codec
-    augmentation: NoAugmentation | EDMAugmentation
-    objective: Objective
-    sampler: Sampler
-    guidance: Any
-    metrics: Metrics
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network sees.
-
-        Raises:
-            ConfigError: if the codec is not for such images.
-        """
-        try:
-            return self.codec.shape(self.data.channels, *self.data.size)
-        except ValueError as error:
-            raise ConfigError(f"datamodule.{error}") from error
 
 
 def make_parts(config: dict[str, Any], trust: Sequence[str] = ()) -> Parts:
@@ -216,7 +118,7 @@ def _with_guide(layer: Any, path: str, parts: Parts, config: dict[str, Any], tru
     source = given.get("guide")
     if not isinstance(source, str):
         return layer
-    loaded, state = _read_weights(source, given.get("guide_weights"), f"{path}.guide", f"{path}.guide_weights")
+    loaded, state = read_weights(source, given.get("guide_weights"), f"{path}.guide", f"{path}.guide_weights")
     theirs = loaded["config"]
     missing = [g for g in ("objective", "backbone", "codec", "seed") if g not in theirs]
     if missing:
@@ -234,72 +136,16 @@ def _with_guide(layer: Any, path: str, parts: Parts, config: dict[str, Any], tru
     misfits = fit(state, network)
     if misfits:
         raise ConfigError(f"{path}.guide={source}: does not fit its own config: {misfits}")
-    digest = _digest(state)
-    if given.get("guide_sha256") not in (None, digest):
-        raise ConfigError(f"{path}.guide_sha256={given['guide_sha256']}: the weights of {source} have {digest}")
+    found = digest(state)
+    if given.get("guide_sha256") not in (None, found):
+        raise ConfigError(f"{path}.guide_sha256={given['guide_sha256']}: the weights of {source} have {found}")
     node = config
     for key in path.split("."):
         node = node[key]
-    node["guide_sha256"] = digest  # the config is what numbers and checkpoints carry
+    node["guide_sha256"] = found  # the config is what numbers and checkpoints carry
     network.load_state_dict(state)
     others = {key: value for key, value in given.items() if not key.startswith("guide")}
     return partial(layer.func, **others, guide=objective.denoiser(_OnDemand(network)))
-
-
-def _digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 (hex) of weights: of their names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def make_network(config: dict[str, Any], *, device: str | None = None) -> nn.Module:
-    """The backbone with its initial weights, which depend on the seed alone; "meta" builds it without numbers."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(hash64(config["seed"], "weights"))
-        if device is None:
-            return make(config, "backbone")
-        with torch.device(device):
-            return make(config, "backbone")
-
-
-def check_network(config: dict[str, Any], parts: Parts) -> nn.Module:
-    """The network without numbers, after a trial call.
-
-    Raises:
-        ConfigError: if the backbone does not fit the data.
-    """
-    node, knows = config["backbone"], config["backbone"].get("augment_dim", 0)
-    for key, value in (("num_classes", parts.data.num_classes), ("channels", parts.shape[0])):
-        if key in node and node[key] != value:
-            raise ConfigError(f"backbone.{key}={show(node[key])}: the data has {value}")
-    if node.get("learned_variance", False) != parts.objective.learned_variance:
-        raise ConfigError(
-            f"backbone.learned_variance={show(node.get('learned_variance', False))}: the objective has "
-            f"{show(parts.objective.learned_variance)}"
-        )
-    if "resolution" in node and height_width(node["resolution"]) != parts.shape[1:]:
-        height, width = parts.shape[1:]
-        raise ConfigError(f"backbone.resolution={show(node['resolution'])}: the data has {height}x{width} for it")
-    if parts.augmentation.dim not in (0, knows):
-        raise ConfigError(
-            f"augmentation.dim={parts.augmentation.dim}: the backbone is told {knows} numbers of how images were changed, and "
-            "samples would look changed too; use augmentation=none or a backbone with that augment_dim"
-        )
-    network = make_network(config, device="meta")
-    with torch.device("meta"):
-        x, t, label = torch.zeros(2, *parts.shape), torch.zeros(2), torch.zeros(2, dtype=torch.int64)
-        try:
-            output = network(x, t, Condition(label=label if parts.data.num_classes else None))
-        except (RuntimeError, ValueError, AssertionError) as error:
-            raise ConfigError(f"backbone: cannot take images of shape {parts.shape} ({error})") from error
-    channels, learned = parts.shape[0], parts.objective.learned_variance
-    if output.shape != (2, channels * (2 if learned else 1), *parts.shape[1:]):
-        wanted = " and a learned variance" if learned else ""
-        raise ConfigError(f"backbone: makes {tuple(output.shape[1:])} of images of shape {parts.shape}{wanted}")
-    return network
 
 
 @dataclass(frozen=True)
@@ -354,7 +200,7 @@ def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
             f"init_weights={config['init_weights']}: needs init_from, the run whose weights to start from"
         )
     if config["init_from"] is not None:
-        initial = _initial_weights(config["init_from"], config["init_weights"], network)
+        initial = initial_weights(config["init_from"], config["init_weights"], network)
         training = Training(**{**vars(training), "initial": initial})
     return parts, training
 
@@ -410,134 +256,3 @@ def _check_optimizer(node: dict[str, Any], optimizer: Any) -> None:
             raise ConfigError(f"optimizer: {error}") from error
         key, allowed = refused[0], "in [0, 1)" if refused[0] == "betas" else "at least 0"
         raise ConfigError(f"optimizer.{key}={show(node[key])}: must be {allowed} ({reason.lower()})") from error
-
-
-def find_checkpoint(run: str | None, checkpoint: str | None, runs: str) -> Path:
-    """The checkpoint file that `run=`, `checkpoint=` or neither asks for.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    try:
-        if checkpoint is not None:
-            return Path(checkpoint)
-        folder = newest_run(Path(runs)) if run is None else Path(run)
-        if not folder.is_dir():
-            raise ValueError(f"run={run}: no such folder")
-        return newest_checkpoint(folder)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _initial_weights(source: str, weights: str | None, network: nn.Module) -> dict[str, Tensor]:
-    """The weights of another run, if they fit the network."""
-    _, state = _read_weights(source, weights, "init_from", "init_weights")
-    misfits = fit(state, network)
-    if misfits:
-        raise ConfigError(f"init_from={source}: the network differs: {misfits}")
-    return state
-
-
-def _read_weights(
-    source: str, weights: str | None, source_key: str, weights_key: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A checkpoint, given as run folder or file, and its weights of a name (None: the first average); keys for messages."""
-    path = Path(source)
-    try:
-        loaded = load_checkpoint(newest_checkpoint(path) if path.is_dir() else path)
-        return loaded, network_weights(loaded, weights or next(iter(loaded["ema"]), "raw"))
-    except ValueError as error:
-        key, _, reason = str(error).partition(": ")
-        given = f"{weights_key}={weights}" if key.startswith("weights=") else f"{source_key}={source}"
-        raise ConfigError(f"{given}: {reason}") from error
-
-
-def fit(state: dict[str, Tensor], network: nn.Module) -> str:
-    """What keeps a state dict from fitting a network, in a few words; empty if it fits."""
-    wanted = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    given = {key: tuple(value.shape) for key, value in state.items()}
-    misfits = [f"{key} is missing" for key in wanted if key not in given]
-    misfits += [f"{key} is unknown" for key in given if key not in wanted]
-    misfits += [
-        f"{key} is {given[key]}, not {wanted[key]}" for key in wanted if key in given and given[key] != wanted[key]
-    ]
-    return ", ".join(misfits[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained network with all that is needed to sample from it."""
-
-    network: nn.Module
-    parts: Parts
-    config: dict[str, Any]
-    weights: str
-    checkpoint: Path
-    step: int
-    device: torch.device
-
-    @property
-    def denoiser(self) -> Any:
-        """The guided denoiser."""
-        bare: NetworkDenoiser = self.parts.objective.denoiser(self.network)
-        return self.parts.guidance(bare)
-
-
-def load_trained(options: dict[str, Any], replace: tuple[str, ...]) -> Trained:
-    """A run's network and parts, with the groups that the command line chose in place of the run's own.
-
-    Args:
-        options: the composed config of `sample` or `evaluate`.
-        replace: groups that may be replaced.
-
-    Raises:
-        ConfigError: if there is no such run, it is damaged, or an option does not fit it.
-    """
-    path = find_checkpoint(options["run"], options["checkpoint"], options["runs"])
-    try:
-        loaded = load_checkpoint(path)
-        weights = options["weights"] or next(iter(loaded["ema"]), "raw")
-        state = network_weights(loaded, weights)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    config = loaded["config"]
-    check_targets(config, options["trust"])
-    for group in ("datamodule", "backbone", "objective", "sampler", "guidance", "metrics", "codec"):
-        if not isinstance(config.get(group), dict) or "_target_" not in config[group]:
-            raise ConfigError(f"checkpoint={path}: its config has no {group}; it is not a run's")
-    config = config | {group: options[group] for group in replace if options.get(group) is not None}
-    if options["nfe"] is not None and options["steps"] is not None:
-        raise ConfigError(f"nfe={options['nfe']}: give either nfe or steps (steps={options['steps']})")
-    if options["nfe"] is not None or options["steps"] is not None:
-        if "nfe" not in config["sampler"]:
-            given = next(f"{key}={options[key]}" for key in ("nfe", "steps") if options[key] is not None)
-            raise ConfigError(f"{given}: this sampler chooses its own steps; leave nfe and steps out")
-        config["sampler"] = config["sampler"] | {"nfe": options["nfe"], "steps": options["steps"]}
-    check_types(config)
-    if not isinstance(config.get("seed"), int):
-        raise ConfigError(f"checkpoint={path}: its config has no seed; it is not a run's")
-    parts = make_parts(config, options["trust"])
-    check_network(config, parts)
-    network = make_network(config)
-    misfits = fit(state, network)
-    if misfits:
-        raise ConfigError(f"checkpoint={path}: does not fit its own config: {misfits}")
-    network.load_state_dict(state)
-    device = choose_device(options["device"])
-    network = network.to(device).eval().requires_grad_(False)
-    return Trained(network, parts, config, weights, path, loaded["global_step"], device)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" is a GPU where there is one.
-
-    Raises:
-        ConfigError: if there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name}: must be one of auto, cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda: this machine has no GPU")
-    return torch.device(name)

@@ -18,8 +18,8 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from denoiselab.app.build import check_keys, make_node
 from denoiselab.app.compose import config_folder
+from denoiselab.app.nodes import check_keys, make_node
 from denoiselab.reports.certificate import Curve, Row, certify_predictions, certify_sampler, error_curves
 from denoiselab.reports.certificate_pages import plot_curves, print_rows, write_rows
 from denoiselab.runs.errors import ConfigError

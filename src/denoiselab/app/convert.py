@@ -15,8 +15,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from denoiselab.app.build import Parts, check_keys, check_network, load_trained, make, make_network, make_parts
+from denoiselab.app.build import make_parts
+from denoiselab.app.nodes import Parts, check_keys, check_network, make, make_network
 from denoiselab.app.sample import run_folder
+from denoiselab.app.trained import load_trained
 from denoiselab.diffusion.samplers import HeunT
 from denoiselab.exchange import programs
 from denoiselab.exchange.files import read, write_safetensors

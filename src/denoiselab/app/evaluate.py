@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from denoiselab.app.build import check_keys, check_metrics, load_trained, make
+from denoiselab.app.build import check_metrics
+from denoiselab.app.nodes import check_keys, make
 from denoiselab.app.sample import SAMPLE_KEYS, run_folder
+from denoiselab.app.trained import load_trained
 from denoiselab.codecs.rgb import RGB
 from denoiselab.data.datamodule import ImageDataModule
 from denoiselab.diffusion.noise import hash64

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from denoiselab.app.build import check_keys, load_trained
+from denoiselab.app.nodes import check_keys
+from denoiselab.app.trained import load_trained
 from denoiselab.evaluation.generate import balanced_labels, generate
 from denoiselab.evaluation.pictures import image_grid, save_images
 from denoiselab.reports.console import print_results, sampler_line

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from denoiselab.app.build import Parts, Training, make, make_module, make_network, make_training
+from denoiselab.app.build import Training, make_module, make_training
+from denoiselab.app.nodes import Parts, make, make_network
 from denoiselab.evaluation.records import Number
 from denoiselab.reports.console import print_results, sampler_line
 from denoiselab.runs.errors import ConfigError, RankError

@@ -1,0 +1,97 @@
+"""A trained run, to sample from, to measure or to export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from denoiselab.app.build import make_parts
+from denoiselab.app.nodes import Parts, check_network, make_network
+from denoiselab.app.weights import find_checkpoint, fit
+from denoiselab.diffusion.denoiser import NetworkDenoiser
+from denoiselab.runs.checks import check_targets, check_types
+from denoiselab.runs.errors import ConfigError
+from denoiselab.training.checkpoint import load_checkpoint, network_weights
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network with all that is needed to sample from it."""
+
+    network: nn.Module
+    parts: Parts
+    config: dict[str, Any]
+    weights: str
+    checkpoint: Path
+    step: int
+    device: torch.device
+
+    @property
+    def denoiser(self) -> Any:
+        """The guided denoiser."""
+        bare: NetworkDenoiser = self.parts.objective.denoiser(self.network)
+        return self.parts.guidance(bare)
+
+
+def load_trained(options: dict[str, Any], replace: tuple[str, ...]) -> Trained:
+    """A run's network and parts, with the groups that the command line chose in place of the run's own.
+
+    Args:
+        options: the composed config of `sample` or `evaluate`.
+        replace: groups that may be replaced.
+
+    Raises:
+        ConfigError: if there is no such run, it is damaged, or an option does not fit it.
+    """
+    path = find_checkpoint(options["run"], options["checkpoint"], options["runs"])
+    try:
+        loaded = load_checkpoint(path)
+        weights = options["weights"] or next(iter(loaded["ema"]), "raw")
+        state = network_weights(loaded, weights)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    config = loaded["config"]
+    check_targets(config, options["trust"])
+    for group in ("datamodule", "backbone", "objective", "sampler", "guidance", "metrics", "codec"):
+        if not isinstance(config.get(group), dict) or "_target_" not in config[group]:
+            raise ConfigError(f"checkpoint={path}: its config has no {group}; it is not a run's")
+    config = config | {group: options[group] for group in replace if options.get(group) is not None}
+    if options["nfe"] is not None and options["steps"] is not None:
+        raise ConfigError(f"nfe={options['nfe']}: give either nfe or steps (steps={options['steps']})")
+    if options["nfe"] is not None or options["steps"] is not None:
+        if "nfe" not in config["sampler"]:
+            given = next(f"{key}={options[key]}" for key in ("nfe", "steps") if options[key] is not None)
+            raise ConfigError(f"{given}: this sampler chooses its own steps; leave nfe and steps out")
+        config["sampler"] = config["sampler"] | {"nfe": options["nfe"], "steps": options["steps"]}
+    check_types(config)
+    if not isinstance(config.get("seed"), int):
+        raise ConfigError(f"checkpoint={path}: its config has no seed; it is not a run's")
+    parts = make_parts(config, options["trust"])
+    check_network(config, parts)
+    network = make_network(config)
+    misfits = fit(state, network)
+    if misfits:
+        raise ConfigError(f"checkpoint={path}: does not fit its own config: {misfits}")
+    network.load_state_dict(state)
+    device = choose_device(options["device"])
+    network = network.to(device).eval().requires_grad_(False)
+    return Trained(network, parts, config, weights, path, loaded["global_step"], device)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name; "auto" is a GPU where there is one.
+
+    Raises:
+        ConfigError: if there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device={name}: must be one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda: this machine has no GPU")
+    return torch.device(name)
