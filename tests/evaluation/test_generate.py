@@ -1,23 +1,18 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from denoiselab.codecs.rgb import RGB
-from denoiselab.condition import NULL_LABEL
 from denoiselab.diffusion.denoiser import NetworkDenoiser, Posterior
 from denoiselab.diffusion.grids import Uniform
 from denoiselab.diffusion.paths import Cosine
 from denoiselab.diffusion.prediction import V
 from denoiselab.diffusion.samplers import DDPM, Heun
-from denoiselab.evaluation.generate import balanced_labels, draw, generate
-from denoiselab.runs.launch import launch
+from denoiselab.evaluation.generate import balanced_labels, generate, held
 
 SHAPE = (1, 8, 8)
 CLASSES = 3
@@ -169,49 +164,8 @@ def test_classes_that_the_data_does_not_have(num_classes, classes, message):
         balanced_labels(4, num_classes, classes)
 
 
-def drawn(count, num_classes=CLASSES, batch_size=3):
-    return draw(
-        denoiser(),
-        sampler(),
-        count=count,
-        num_classes=num_classes,
-        shape=SHAPE,
-        codec=RGB(),
-        seed=2,
-        batch_size=batch_size,
-        device="cpu",
-    )
-
-
-def test_draw_in_one_process():
-    images, labels = drawn(7)
-    assert torch.equal(labels, balanced_labels(7, CLASSES))
-    assert same_pictures(images, sampled(range(7), labels=labels, seed=2))
-    images, labels = drawn(3, num_classes=0)
-    assert labels.tolist() == [NULL_LABEL] * 3
-    assert same_pictures(images, sampled(range(3), seed=2))
-
-
-COUNTS = [8, 7, 1]
-
-
-def draw_on_a_rank(folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    found = {}
-    for count in COUNTS:
-        images, labels = drawn(count)
-        found |= {f"images_{count}": images.numpy(), f"labels_{count}": labels.numpy()}
-    np.savez(Path(folder) / f"{dist.get_rank()}.npz", **found)
-    dist.destroy_process_group()
-
-
-def test_two_ranks_draw_the_same_set_as_one(tmp_path):
-    launch(draw_on_a_rank, (str(tmp_path),), 2)
-    with np.load(tmp_path / "0.npz") as first, np.load(tmp_path / "1.npz") as second:
-        for count in COUNTS:
-            images, labels = drawn(count)
-            for held in (first, second):
-                assert torch.equal(torch.from_numpy(held[f"labels_{count}"]), labels)
-                assert held[f"images_{count}"].shape == images.shape
-                assert same_pictures(torch.from_numpy(held[f"images_{count}"]), images)
+def test_held_images_are_taken_by_their_numbers():
+    images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1)
+    taken = list(held(images, 2)([5, 0, 3]))
+    assert [numbers.tolist() for numbers, _ in taken] == [[5, 0], [3]]
+    assert [batch.flatten().tolist() for _, batch in taken] == [[5, 0], [3]]

@@ -3,21 +3,38 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
-from denoiselab.evaluation import metrics as module
 from denoiselab.evaluation.distances import frechet_distance, statistics
-from denoiselab.evaluation.features import DigitsExtractor, InceptionExtractor
+from denoiselab.evaluation.extractors import DigitsExtractor, InceptionExtractor
+from denoiselab.evaluation.generate import held
+from denoiselab.evaluation.measures import (
+    Adherence,
+    Frechet,
+    FrechetInfinity,
+    InceptionScore,
+    Memorisation,
+    PrecisionRecall,
+    SpatialFrechet,
+)
 from denoiselab.evaluation.metrics import Metrics, class_balance, matching
+from denoiselab.evaluation.records import protocol_id
 
-CONF = Path(__file__).parents[2] / "conf" / "metrics"
+CONF = Path(__file__).parents[2] / "conf"
 
 
-def by_name(numbers):
-    return {number.name: number for number in numbers}
+def digits_metrics(counts, *measures, **more):
+    chosen = {type(measure).__name__: measure for measure in measures or (Frechet(),)}
+    return Metrics(extractors={"digits": DigitsExtractor()}, measures=chosen, counts=counts, **more)
+
+
+def numbers(metrics, images, labels, data, protocol=None, **more):
+    measured = metrics.measure(held(images, 100), labels, data, protocol or {}, **more)
+    return {number.name: number for number in measured.numbers}
 
 
 def balanced(images, labels, n, num_classes=10):
@@ -30,59 +47,103 @@ def balanced(images, labels, n, num_classes=10):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"counts": []}, "counts=[]: must be at least one"),
-        ({"counts": [500, 3]}, "counts=[500, 3]: "),
-        ({"extractor": None}, "counts=[8]: must be empty"),
-        ({"every": 0}, "every=0: "),
-        ({"batch_size": 0}, "batch_size=0: "),
-        ({"seed": -1}, "seed=-1: "),
+        ({"counts": []}, "counts=[]: must be one or more"),
+        ({"counts": [500, 3]}, "counts=[500, 3]: each must be at least 4"),
+        ({"every_counts": [3]}, "every_counts=[3]: each must be at least 4"),
+        ({"extractors": {}}, "counts=[8]: must be empty without extractors"),
+        ({"measures": {}}, "measures=[]: one at least"),
+        ({"every": 0}, "every=0: must be at least 1, or null"),
+        ({"batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"seed": -1}, "seed=-1: must be at least 0"),
+        ({"references": {"x": "y.npz"}}, "references.x=y.npz: must be one of digits"),
     ],
 )
 def test_bad_values_are_one_line(bad, message):
+    given = {"extractors": {"digits": DigitsExtractor()}, "measures": {"frechet": Frechet()}, "counts": [8]} | bad
     with pytest.raises(ValueError, match="^" + re.escape(message)):
-        Metrics(**{"extractor": DigitsExtractor(), "counts": [8]} | bad)
+        Metrics(**given)
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", [*overrides, "logger=none"])
+    return instantiate(config.metrics, _convert_="all")
 
 
 @pytest.mark.parametrize(("choice", "num_samples"), [("digits", 2000), ("fid", 2000), ("none", 0)])
 def test_every_choice_builds(choice, num_samples):
-    metrics = instantiate(OmegaConf.load(CONF / f"{choice}.yaml"), _convert_="all")
-    assert metrics.num_samples == num_samples
+    assert composed(f"metrics={choice}").num_samples == num_samples
+
+
+def test_null_leaves_a_measure_out():
+    every, fewer = composed(), composed("metrics.measures.kernel=null")
+    assert set(every.measures) - set(fewer.measures) == {"kernel"}
 
 
 def test_no_metrics_measure_nothing(digits):
-    metrics = Metrics(extractor=None, counts=[])
+    metrics = Metrics(extractors={}, measures={}, counts=[])
     metrics.check(channels=4, resolution=1, num_classes=3)
     test = digits.test_set()
-    assert metrics.measure(test.images, test.labels, digits, {}) == []
+    assert numbers(metrics, test.images, test.labels, digits) == {}
 
 
-def test_check_refuses_images_and_classes_that_the_extractor_is_not_for():
-    metrics = Metrics(extractor=DigitsExtractor(), counts=[8])
+def test_check_refuses_images_and_classes_that_the_extractor_is_not_for(tmp_path):
+    metrics = digits_metrics([8])
     for num_classes in (0, 10):
         metrics.check(channels=1, resolution=8, num_classes=num_classes)
-    with pytest.raises(ValueError, match=r"num_classes=7: .* 10 classes"):
+    with pytest.raises(ValueError, match=r"^num_classes=7: .* 10 classes"):
         metrics.check(channels=1, resolution=8, num_classes=7)
-    with pytest.raises(ValueError, match="channels=3: "):
+    with pytest.raises(ValueError, match="^channels=3: "):
         metrics.check(channels=3, resolution=8, num_classes=10)
+    missing = Metrics(
+        extractors={"mine": DigitsExtractor(weights=str(tmp_path / "x"))}, measures={"f": Frechet()}, counts=[8]
+    )
+    with pytest.raises(ValueError, match=r"^extractors\.mine\.weights=.*no such file"):
+        missing.check(channels=1, resolution=8, num_classes=10)
+    twice = Metrics(extractors={"a": DigitsExtractor(), "b": DigitsExtractor()}, measures={"f": Frechet()}, counts=[8])
+    with pytest.raises(ValueError, match="must have different labels, not digits, digits"):
+        twice.check(channels=1, resolution=8, num_classes=10)
+
+
+def test_published_statistics_are_checked_before_anything_is_trained(tmp_path):
+    path = tmp_path / "stats.npz"
+    np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
+    metrics = digits_metrics([8], references={"digits": str(path)})
+    with pytest.raises(ValueError, match=r"^references\.digits=.*has 3 features, the extractor 64"):
+        metrics.check(channels=1, resolution=8, num_classes=10)
+    missing = digits_metrics([8], references={"digits": "no.npz"})
+    with pytest.raises(ValueError, match=r"^references\.digits=no\.npz: no such file"):
+        missing.check(channels=1, resolution=8, num_classes=10)
+
+
+def test_published_statistics_stand_in_for_the_training_images(digits, tmp_path):
+    test = digits.test_set()
+    found = statistics(DigitsExtractor()(test.images[:100]).features)
+    np.savez(tmp_path / "stats.npz", mu=found.mean, sigma=found.covariance)
+    metrics = digits_metrics([100], Frechet(), Memorisation(), references={"digits": str(tmp_path / "stats.npz")})
+    metrics.check(channels=1, resolution=8, num_classes=10)
+    values = numbers(metrics, test.images[:100], test.labels[:100], digits)
+    assert values["fd_digits_100"].value == pytest.approx(0, abs=1e-6)
+    assert values["fd_digits_100"].protocol["reference"] == "stats.npz"
+    assert values["nearest_digits_100"].protocol["reference"] == "train"  # neighbours need images
 
 
 def test_the_real_test_split_scores_its_own_floor(digits):
     images, labels = balanced(digits.test_set().images, digits.test_set().labels, 500)
-    metrics = Metrics(extractor=DigitsExtractor(), counts=[500, 250])
-    found = by_name(metrics.measure(images, labels, digits, {"sampler": "real", "nfe": 0}))
-    assert set(found) == {
-        *("fd_digits_250", "precision_250", "recall_250"),
-        *("fd_digits_500", "precision_500", "recall_500", "nearest_500", "accuracy"),
-    }
-    for name in set(found) - {"fd_digits_250", "precision_250", "recall_250"}:  # of 250 others
-        assert found[name].value == pytest.approx(found[name].floor, rel=1e-6)
+    metrics = digits_metrics([500, 250], Frechet(), PrecisionRecall(), Memorisation(), Adherence())
+    found = numbers(metrics, images, labels, digits, {"sampler": "real", "nfe": 0})
+    assert {"fd_digits_250", "precision_digits_250", "recall_digits_250", "fd_digits_500"} <= set(found)
+    assert {"nearest_digits_500", "copy_rate_digits_500", "accuracy_digits_500"} <= set(found)
+    assert "accuracy_digits_250" not in found  # at the largest count alone
+    for name, number in found.items():
+        if name.endswith("_500"):
+            assert number.value == pytest.approx(number.floor, rel=1e-6, abs=1e-9)
     # made on 2 CPU cores with the shipped classifier
     assert found["fd_digits_500"].floor == pytest.approx(0.1716787, rel=1e-4)
-    assert found["accuracy"].floor == pytest.approx(0.994)
+    assert found["accuracy_digits_500"].floor == pytest.approx(0.994)
     # the distance is biased upwards by about 1/n
     assert 1.5 < found["fd_digits_250"].floor / found["fd_digits_500"].floor < 3
-    record = found["fd_digits_250"].protocol
-    assert record == {
+    assert found["fd_digits_250"].protocol == {
         "sampler": "real",
         "nfe": 0,
         "extractor": "digits",
@@ -91,13 +152,15 @@ def test_the_real_test_split_scores_its_own_floor(digits):
         "quantisation": "uint8",
         "count": 250,
         "class_balance": "balanced",
-        "reference_split": "train",
-        "reference_fingerprint": digits.fingerprint("train"),
+        "reference": "train",
+        "reference_hash": digits.fingerprint("train"),
         "reference_count": 1297,
-        "floor_split": "test",
-        "floor_fingerprint": digits.fingerprint("test"),
+        "floor": "test",
+        "floor_hash": digits.fingerprint("test"),
+        "measure": {"name": "Frechet"},
     }
-    assert found["accuracy"].protocol["count"] == 500
+    assert found["accuracy_digits_500"].protocol["count"] == 500
+    assert found["accuracy_digits_500"].protocol["measure"]["name"] == "Adherence"
 
 
 def test_unbalanced_labels_raise_the_distance(digits):
@@ -116,42 +179,46 @@ def test_unbalanced_labels_raise_the_distance(digits):
 
 def test_copies_are_seen_and_have_no_floor_above_the_test_split(digits):
     images, labels = balanced(digits.train_set().images, digits.train_set().labels, 1000)
-    metrics = Metrics(extractor=DigitsExtractor(), counts=[1000])
-    found = by_name(metrics.measure(images, labels, digits, {}))
+    metrics = digits_metrics([1000], Frechet(), PrecisionRecall(), Memorisation(), Adherence())
+    measured = metrics.measure(held(images, 300), labels, digits, {})
+    found = {number.name: number for number in measured.numbers}
     assert found["fd_digits_1k"].floor is None
-    assert found["recall_1k"].floor is None
-    assert found["nearest_1k"].value < 1e-5
-    assert found["nearest_1k"].floor > 1
-    assert 0.8 < found["precision_1k"].floor < 1
-    assert found["accuracy"].floor == pytest.approx(0.994)
+    assert found["recall_digits_1k"].floor is None
+    assert found["nearest_digits_1k"].value < 1e-5
+    assert found["nearest_digits_1k"].floor > 1
+    assert found["copy_rate_digits_1k"].value > 0.99
+    assert found["copy_rate_digits_1k"].floor < 0.05
+    assert 0.8 < found["precision_digits_1k"].floor < 1
+    assert found["accuracy_digits_1k"].floor == pytest.approx(0.994)
+    assert len(measured.closest) == 8
+    assert measured.images.shape == (16, 1, 8, 8)
+    assert torch.equal(measured.images[::2], measured.images[1::2])  # each beside the image that it copies
 
 
 def test_accuracy_is_about_what_was_asked(digits):
     images, labels = balanced(digits.test_set().images, digits.test_set().labels, 100)
-    metrics = Metrics(extractor=DigitsExtractor(), counts=[100], recall=False)
-    wrong = by_name(metrics.measure(images, (labels + 1) % 10, digits, {}))
-    assert set(wrong) == {"fd_digits_100", "nearest_100", "accuracy"}
-    assert wrong["accuracy"].value < 0.05
+    metrics = digits_metrics([100], Adherence())
+    assert numbers(metrics, images, (labels + 1) % 10, digits)["accuracy_digits_100"].value < 0.05
     half = torch.where(torch.arange(100) < 50, labels, -1)  # those without a class do not count
-    found = by_name(metrics.measure(images, half, digits, {}))
-    assert found["accuracy"].value > 0.95
-    assert found["accuracy"].protocol["class_balance"] == "as given"
+    found = numbers(metrics, images, half, digits)
+    assert found["accuracy_digits_100"].value > 0.95
+    assert found["accuracy_digits_100"].protocol["class_balance"] == "as given"
 
 
 def test_unconditional_samples_have_a_floor_and_no_accuracy(digits, make_data):
     none = [torch.full_like(s.labels, -1) for s in digits.sets.values()]
     unlabelled = make_data((digits.train_set().images, none[0]), (digits.test_set().images, none[1]), num_classes=0)
-    images = digits.test_set().images[:100]
-    found = by_name(Metrics(extractor=DigitsExtractor(), counts=[100]).measure(images, none[1][:100], unlabelled, {}))
-    assert "accuracy" not in found
-    assert all(n.floor is not None and n.protocol["class_balance"] == "unconditional" for n in found.values())
+    metrics = digits_metrics([100], Frechet(), PrecisionRecall(), Adherence())
+    found = numbers(metrics, digits.test_set().images[:100], none[1][:100], unlabelled)
+    assert "accuracy_digits_100" not in found
+    assert all(n.protocol["class_balance"] == "unconditional" for n in found.values())
+    assert found["fd_digits_100"].floor is not None
 
 
 def test_the_floor_has_the_classes_that_were_asked_for(digits):
     test = digits.test_set()
     threes = test.images[test.labels == 3]
-    metrics = Metrics(extractor=DigitsExtractor(), counts=[50], recall=False)
-    found = by_name(metrics.measure(threes, torch.full((50,), 3), digits, {}))
+    found = numbers(digits_metrics([50]), threes, torch.full((50,), 3), digits)
     assert found["fd_digits_50"].floor == pytest.approx(found["fd_digits_50"].value, rel=1e-6)
     assert found["fd_digits_50"].protocol["class_balance"] == "as given"
 
@@ -159,20 +226,53 @@ def test_the_floor_has_the_classes_that_were_asked_for(digits):
 def test_too_few_images_are_one_line(digits):
     test = digits.test_set()
     with pytest.raises(ValueError, match=r"counts=\[8, 501\]: must be at most 500"):
-        Metrics(extractor=DigitsExtractor(), counts=[501, 8]).measure(test.images, test.labels, digits, {})
+        numbers(digits_metrics([501, 8]), test.images, test.labels, digits)
 
 
-def test_floors_are_computed_once(digits, monkeypatch):
+def test_other_counts_can_be_asked_for(digits):
+    test, metrics = digits.test_set(), digits_metrics([100, 50], Frechet(), Adherence())
+    found = numbers(metrics, test.images, test.labels, digits, counts=[50])
+    assert {"fd_digits_50", "accuracy_digits_50"} <= set(found)
+    assert not any(name.endswith("_100") for name in found)
+
+
+def test_floors_are_computed_once(digits):
     calls = []
-    monkeypatch.setattr(module, "frechet_distance", lambda a, b: float(calls.append(1) or 1))
-    metrics = Metrics(extractor=DigitsExtractor(), counts=[20], recall=False)
+
+    class Listening(Frechet):
+        def __call__(self, images, real, label):
+            calls.append(len(images))
+            return super().__call__(images, real, label)
+
+    metrics = digits_metrics([20], Listening())
     images, labels = balanced(digits.test_set().images, digits.test_set().labels, 20)
-    metrics.measure(images, labels, digits, {})
+    numbers(metrics, images, labels, digits)
     assert len(calls) == 2
-    metrics.measure(images, labels, digits, {})
+    numbers(metrics, images, labels, digits)
     assert len(calls) == 3
-    metrics.measure(images, labels.roll(1) * 0, digits, {})  # other labels, another floor
+    numbers(metrics, images, labels.roll(1) * 0, digits)  # other labels, another floor
     assert len(calls) == 5
+
+
+def test_a_protocol_does_not_depend_on_which_model_was_measured(digits):
+    test, metrics = digits.test_set(), digits_metrics([50])
+    one = numbers(metrics, test.images, test.labels, digits, {"step": 1, "weights_sha256": "a", "seed": 0})
+    two = numbers(metrics, test.images, test.labels, digits, {"step": 2, "weights_sha256": "b", "seed": 0})
+    three = numbers(metrics, test.images, test.labels, digits, {"step": 2, "weights_sha256": "b", "seed": 1})
+    ids = [protocol_id(found["fd_digits_50"].protocol) for found in (one, two, three)]
+    assert ids[0] == ids[1] != ids[2]
+
+
+def test_features_kept_on_disk_are_not_drawn_again(digits, tmp_path):
+    test, metrics = digits.test_set(), digits_metrics([100])
+    first = numbers(metrics, test.images, test.labels, digits, shards=tmp_path)
+
+    def nothing(numbers):
+        assert not len(numbers)
+        yield from ()
+
+    again = metrics.measure(nothing, test.labels, digits, {}, shards=tmp_path).numbers
+    assert {n.name: n.value for n in again} == {name: n.value for name, n in first.items()}
 
 
 def test_inception_is_wired_in_the_same_way(inception_file, make_data):
@@ -181,13 +281,30 @@ def test_inception_is_wired_in_the_same_way(inception_file, make_data):
         torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator) for n in (8, 4, 4)
     )
     data = make_data((train, torch.full((8,), -1)), (test, torch.full((4,), -1)), num_classes=0)
-    extractor = InceptionExtractor(weights=str(inception_file), allow_other_weights=True)
-    metrics = Metrics(extractor=extractor, counts=[4], batch_size=4)
+    extractor = InceptionExtractor(weights=str(inception_file), allow_other_weights=True, spatial=True)
+    measures = (
+        Frechet(),
+        SpatialFrechet(),
+        FrechetInfinity(),
+        PrecisionRecall(),
+        InceptionScore(splits=2),
+        Adherence(),
+    )
+    metrics = Metrics(
+        extractors={"inception": extractor},
+        measures={type(measure).__name__: measure for measure in measures},
+        counts=[4],
+        batch_size=4,
+    )
     metrics.check(channels=3, resolution=8, num_classes=0)
-    found = by_name(metrics.measure(samples, torch.full((4,), -1), data, {}))
-    assert set(found) == {"fd_inception_other_4", "precision_4", "recall_4", "nearest_4"}
-    assert all(torch.tensor([n.value, n.floor]).isfinite().all() for n in found.values())
-    assert found["fd_inception_other_4"].protocol["extractor"] == "inception-v3-compat"
+    found = numbers(metrics, samples, torch.full((4,), -1), data)
+    label = extractor.label
+    assert re.fullmatch("inception_unpublished_[0-9a-f]{8}", label)
+    assert set(found) == {
+        f"{name}_{label}_4" for name in ("fd", "sfd", "precision", "recall", "is")
+    }  # 4 are too few for inf
+    assert all(np.isfinite(n.value) for n in found.values())
+    assert found[f"fd_{label}_4"].protocol["extractor"] == "inception-v3-compat"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from denoiselab.evaluation.records import Number, count_name
+from denoiselab.evaluation.records import Number, base_name, count_name, protocol_id
 
 
 @pytest.mark.parametrize(
@@ -15,11 +15,33 @@ def test_count_name(count, name):
 
 
 def test_a_number_survives_json():
-    number = Number("fd_digits_500", 0.2, None, {"count": 500, "sampler": {"name": "heun"}})
-    assert Number.from_dict(json.loads(json.dumps(number.to_dict()))) == number
+    protocol = {"count": 500, "sampler": {"name": "heun"}}
+    for number in (
+        Number("fd_digits_500", 0.2, None, protocol),
+        Number("fd_inf_digits_500", 0.2, 0.1, protocol, interval=(0.1, 0.3), jackknife=[0.19, 0.21]),
+    ):
+        assert Number.from_dict(json.loads(json.dumps(number.to_dict()))) == number
 
 
-@pytest.mark.parametrize("change", [{"name": "x"}, {"name": "x", "value": 1.0, "floor": None, "protocol": {}, "y": 1}])
+def test_names():
+    assert base_name("fid", "", "fd") == "fid"
+    assert base_name("fid", "digits", "fd") == "fd_digits"
+    assert base_name("precision", "digits") == "precision_digits"
+
+
+def test_the_id_of_a_protocol_is_about_how_and_not_about_which_model():
+    protocol = {"sampler": {"nfe": 20}, "count": 500, "step": 100, "weights_sha256": "a"}
+    same = {"count": 500, "step": 200, "weights_sha256": "b", "sampler": {"nfe": 20}}
+    assert protocol_id(protocol) == protocol_id(same)
+    assert protocol_id(protocol) != protocol_id(protocol | {"sampler": {"nfe": 50}})
+    assert protocol_id(protocol) != protocol_id(protocol | {"count": 501})
+    assert len(protocol_id(protocol)) == 8
+
+
+WHOLE = {"name": "x", "value": 1.0, "floor": None, "protocol": {}, "interval": None, "jackknife": None}
+
+
+@pytest.mark.parametrize("change", [{"name": "x"}, WHOLE | {"y": 1}])
 def test_a_record_with_other_keys_is_refused(change):
     with pytest.raises(ValueError, match="must have the keys name, value, floor, protocol"):
         Number.from_dict(change)

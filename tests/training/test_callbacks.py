@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 from PIL import Image
-from tiny import CLASSES, fit, tiny_module
+from tiny import CLASSES, equal, fit, tiny_module, weights_of
 
+from denoiselab.evaluation.metrics import Measured
 from denoiselab.evaluation.records import Number
 from denoiselab.training.ema import EMA
 from denoiselab.training.measurement import Measurement
@@ -81,18 +83,22 @@ def test_bad_grids(changes):
 class CountingMetrics:
     """Keeps what it is asked to measure."""
 
-    extractor = None
     seed = 3
 
-    def __init__(self, every, num_samples=7):
-        self.every, self.num_samples, self.asked = every, num_samples, []
+    def __init__(self, every, counts=(7,), every_counts=(4,), weights=None):
+        self.extractors, self.every, self.weights, self.asked = {}, every, weights, []
+        self.counts, self.every_counts = counts, every_counts
 
-    def measure(self, images, labels, data, protocol):
+    def measure(self, source, labels, data, protocol, *, counts, advance):
+        images = torch.cat([images for _, images in source(range(max(counts)))])
         self.asked.append((images, labels, protocol))
-        return [
-            Number("mean_7", float(images.float().mean()), 1.0, protocol),
+        n, mean = max(counts), float(images.float().mean())
+        numbers = [
+            Number(f"mean_{n}", mean, 1.0, protocol, interval=(mean - 1, mean + 1)),
             Number("other", 2.0, None, protocol),
         ]
+        advance(n)
+        return Measured(numbers, {"network": 1.0}, [], images[:4])
 
 
 @pytest.mark.parametrize(
@@ -111,6 +117,41 @@ def test_when_a_run_is_measured(tmp_path, every, measured):
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(written) == 2 * len(measured)
     assert [Number.from_dict(w) for w in written[-2:]] == callback.numbers
+    assert [len(images) for images, _, _ in metrics.asked] == [4] * (len(measured) - 1) + [7]
+    assert (tmp_path / "samples" / "step_0000005_ema_closest.png").is_file()
+
+
+def test_raw_weights_are_measured_if_asked_for(tmp_path):
+    metrics = CountingMetrics(None, weights=["ema", "raw"])
+    callback = Measurement(metrics=metrics)
+    fit(tiny_module(), tmp_path, callbacks=[callback])
+    (averaged, _, first), (raw, _, second) = metrics.asked
+    assert (first["weights"], second["weights"]) == ("ema", "raw")
+    assert first["weights_sha256"] != second["weights_sha256"]
+    assert not torch.equal(averaged, raw)
+    assert [n.protocol["weights"] for n in callback.numbers] == ["ema", "ema", "raw", "raw"]
+    assert callback.seconds == {"network": 2.0}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_measuring_changes_neither_training_nor_its_data(tmp_path, dropout):
+    plain, measured = tiny_module(dropout=dropout), tiny_module(dropout=dropout)
+    fit(plain, tmp_path / "plain")
+    fit(measured, tmp_path / "measured", callbacks=[Measurement(metrics=CountingMetrics(1, weights=["ema", "raw"]))])
+    assert equal(weights_of(plain), weights_of(measured))
+    assert equal(plain.ema.averages["ema"], measured.ema.averages["ema"])
+
+
+def test_progress_is_told(tmp_path):
+    told = []
+
+    @contextmanager
+    def progress(total, unit):
+        told.append((total, unit))
+        yield told.append
+
+    fit(tiny_module(), tmp_path, callbacks=[Measurement(metrics=CountingMetrics(None), progress=progress)])
+    assert told == [(7, "images measured"), 7]
 
 
 def test_numbers_are_logged_beside_their_floors(tmp_path):
@@ -126,10 +167,11 @@ def test_numbers_are_logged_beside_their_floors(tmp_path):
     fit(tiny_module(), tmp_path, callbacks=[Measurement(metrics=CountingMetrics(None))], loggers=[logger])
     ((step, row),) = rows
     assert step == 4
-    assert row.keys() == {"metrics/mean_7", "metrics/mean_7_real", "metrics/other"}
+    ends = {"metrics/mean_7_low", "metrics/mean_7_high"}
+    assert row.keys() == {"metrics/mean_7", "metrics/mean_7_real", "metrics/other"} | ends
     assert row["metrics/mean_7_real"] == 1.0
 
 
 def test_nothing_is_drawn_where_nothing_is_measured(tmp_path):
-    fit(tiny_module(), tmp_path, callbacks=[Measurement(metrics=CountingMetrics(1, num_samples=0))])
+    fit(tiny_module(), tmp_path, callbacks=[Measurement(metrics=CountingMetrics(1, counts=(), every_counts=()))])
     assert not (tmp_path / "metrics.jsonl").exists()

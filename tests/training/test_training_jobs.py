@@ -103,14 +103,17 @@ def trouble(rank):
     return ["+callbacks.trouble._target_=trouble.Trouble", f"+callbacks.trouble.rank={rank}", "metrics=none"]
 
 
+FEW = [f"metrics.measures.{name}=null" for name in ("kernel", "precision_recall", "density_coverage")]
+
+
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("one"), "metrics.counts=[20]", "metrics.recall=false")
+    return run(tmp_path_factory.mktemp("one"), "metrics.counts=[20]", *FEW)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("two"), *TWO_RANKS, "metrics.counts=[21]", "metrics.recall=false")
+    return run(tmp_path_factory.mktemp("two"), *TWO_RANKS, "metrics.counts=[21]", *FEW)
 
 
 def test_a_job_succeeds_and_says_where_it_went(one_rank):
@@ -119,7 +122,7 @@ def test_a_job_succeeds_and_says_where_it_went(one_rank):
     summary = one_rank.summary()
     assert (summary["status"], summary["error"], summary["steps"]) == ("finished", None, 4)
     assert summary["checkpoint"] == "checkpoints/step_0000004.ckpt"
-    assert set(summary["metrics"]) >= {"fd_digits_20", "accuracy"}
+    assert set(summary["metrics"]) >= {"fd_digits_20", "accuracy_digits_20"}
     held = {path.name for path in one_rank.folder.iterdir()}
     assert held == {
         "config.json",
@@ -151,6 +154,9 @@ def test_wandb_has_it_all(one_rank):
     assert stored["backbone"] == config["backbone"]
     assert stored["parameters"] > 0
 
+    protocol = stored["protocols"]["metrics/fd_digits_20"]
+    assert (protocol["count"], protocol["weights"], protocol["extractor"]) == (20, "ema", "digits")
+
     metrics = [record for kind, record in records if kind == "metric"]
     assert any(m.get("glob_name") == "*" and m["step_metric"] == "trainer/global_step" for m in metrics)
 
@@ -167,7 +173,7 @@ def test_wandb_has_it_all(one_rank):
     assert any(key.startswith("train/loss_by_log_snr/") for row in history for key in row)
     for weights in ("raw", "ema"):
         assert steps_with(f"samples/{weights}.filenames") == [2, 4]
-    for key in ("metrics/fd_digits_20", "metrics/fd_digits_20_real", "metrics/accuracy"):
+    for key in ("metrics/fd_digits_20", "metrics/fd_digits_20_real", "metrics/accuracy_digits_20_low"):
         assert steps_with(key) == [4]
     assert one_rank.wandb_exit() == [0]
     summary = {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from denoiselab.app.nodes import GROUPS, Parts, check_keys, check_network, make, make_network, make_node
-from denoiselab.app.weights import digest, fit, initial_weights, read_weights
+from denoiselab.app.weights import fit, initial_weights, read_weights
 from denoiselab.condition import Condition
 from denoiselab.data.augmentation import NoAugmentation
 from denoiselab.data.datamodule import ImageDataModule
@@ -21,6 +21,7 @@ from denoiselab.diffusion.guidance import chain
 from denoiselab.evaluation.metrics import Metrics
 from denoiselab.runs.checks import check_targets, check_types, show
 from denoiselab.runs.errors import ConfigError
+from denoiselab.training.checkpoint import digest
 from denoiselab.training.ema import EMA
 from denoiselab.training.module import DiffusionModule
 from denoiselab.training.schedule import Schedule
@@ -195,6 +196,9 @@ def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
         )
     _refuse("datamodule.", parts.data.check)
     check_metrics(config, parts.metrics, parts.data)
+    for name in parts.metrics.weights or ():
+        if name not in training.ema.names:
+            raise ConfigError(f"metrics.weights={name}: must be among {', '.join(training.ema.names)}")
     if config["init_from"] is None and config["init_weights"] is not None:
         raise ConfigError(
             f"init_weights={config['init_weights']}: needs init_from, the run whose weights to start from"
@@ -241,7 +245,7 @@ def check_metrics(config: dict[str, Any], metrics: Metrics, data: ImageDataModul
     try:
         metrics.check(channels=data.channels, resolution=data.resolution, num_classes=data.num_classes)
     except ValueError as error:
-        path = "datamodule" if str(error).partition("=")[0] in config["datamodule"] else "metrics.extractor"
+        path = "datamodule" if str(error).partition("=")[0] in config["datamodule"] else "metrics"
         raise ConfigError(f"{path}.{error}; or choose other metrics (metrics=none measures nothing)") from error
 
 

@@ -17,8 +17,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from denoiselab.app.build import Training, make_module, make_training
 from denoiselab.app.nodes import Parts, make, make_network
-from denoiselab.evaluation.records import Number
-from denoiselab.reports.console import print_results, sampler_line
+from denoiselab.evaluation.records import protocol_id
+from denoiselab.reports.console import print_results, progress, sampler_line, time_line
 from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.folder import (
     COMMAND,
@@ -52,7 +52,7 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
         RankError: if one of several processes failed.
     """
     parts, training = make_training(config)
-    if parts.metrics.extractor is None and parts.metrics.bits_per_dim is not None:
+    if not parts.metrics.extractors and parts.metrics.bits_per_dim is not None:
         raise ConfigError(
             "metrics=bits_per_dim: is measured by evaluate.py, on the finished run; train with metrics=none"
         )
@@ -116,7 +116,7 @@ def train_here(config: dict[str, Any], folder: str, threads: int, parts: Parts, 
     if config["compile"]:
         network.compile()
     module = make_module(config, parts, training, network)
-    measurement = Measurement(metrics=parts.metrics)
+    measurement = Measurement(metrics=parts.metrics, progress=progress)
     callbacks = list(training.callbacks.values())
     loggers = [csv_logger(run_dir), *make(config, "logger")(run_dir=run_dir, name=run_dir.name)]
     trainer = training.settings.build(run_dir, loggers, [*callbacks, measurement])
@@ -160,10 +160,12 @@ def _fit(
     finally:
         if trainer.is_global_zero:
             seconds = round(time.time() - began, 1)
-            summary = summarise(trainer, module, measurement.numbers, run_dir, status, problem, seconds)
+            summary = summarise(trainer, module, measurement, run_dir, status, problem, seconds)
             write_json(run_dir / SUMMARY, summary)
             finish(trainer, summary["metrics"] | {"status": status}, failed=status != "finished")
             facts = {"run": run_dir, "status": status, "steps": trainer.global_step, "seconds": seconds}
+            if measurement.seconds:
+                facts["measuring"] = time_line(measurement.seconds)
             losses = {key: f"{value:,.4g}" for key, value in summary["losses"].items()}
             print_results(console, facts | losses, measurement.numbers)
     if status != "finished":  # SIGTERM reaches us as a SystemExit without a code, which would end the process with 0
@@ -173,7 +175,7 @@ def _fit(
 def summarise(
     trainer: lightning.Trainer,
     module: DiffusionModule,
-    numbers: list[Number],
+    measurement: Measurement,
     run_dir: Path,
     status: str,
     problem: str,
@@ -183,6 +185,8 @@ def summarise(
     latest: dict[str, float] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         latest |= getattr(callback, "latest", {})
+    default = module.ema.default
+    numbers = [number for number in measurement.numbers if number.protocol["weights"] == default]
     keys = ("train/loss", "train/images_per_second", "val/x0_mse", "val/epsilon_mse")
     saved = checkpoints_of(run_dir / "checkpoints")
     return {
@@ -190,11 +194,12 @@ def summarise(
         "error": problem or None,
         "steps": trainer.global_step,
         "seconds": seconds,
-        "weights": module.ema.default,
+        "weights": default,
         "losses": {key: round(latest[key], 6) for key in keys if key in latest},
         "metrics": {number.name: number.value for number in numbers},
         "real": {number.name: number.floor for number in numbers if number.floor is not None},
-        "protocol": numbers[-1].protocol if numbers else None,
+        "protocols": {number.name: protocol_id(number.protocol) for number in numbers},
+        "seconds_measuring": {name: round(value, 2) for name, value in measurement.seconds.items()},
         "checkpoint": str(saved[-1].relative_to(run_dir)) if saved else None,
     }
 

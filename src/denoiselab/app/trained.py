@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from denoiselab.app.weights import find_checkpoint, fit
 from denoiselab.diffusion.denoiser import NetworkDenoiser
 from denoiselab.runs.checks import check_targets, check_types
 from denoiselab.runs.errors import ConfigError
-from denoiselab.training.checkpoint import load_checkpoint, network_weights
+from denoiselab.training.checkpoint import digest, load_checkpoint, network_weights
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,19 @@ class Trained:
         bare: NetworkDenoiser = self.parts.objective.denoiser(self.network)
         return self.parts.guidance(bare)
 
+    @cached_property
+    def weights_sha256(self) -> str:
+        """The hash of the weights, for the protocol."""
+        return digest(self.network.state_dict())
 
-def load_trained(options: dict[str, Any], replace: tuple[str, ...]) -> Trained:
+
+def load_trained(options: dict[str, Any], replace: tuple[str, ...], *, counts: list[int] | None = None) -> Trained:
     """A run's network and parts, with the groups that the command line chose in place of the run's own.
 
     Args:
         options: the composed config of `sample` or `evaluate`.
         replace: groups that may be replaced.
+        counts: sample counts of the metrics; None leaves the config's.
 
     Raises:
         ConfigError: if there is no such run, it is damaged, or an option does not fit it.
@@ -67,6 +74,8 @@ def load_trained(options: dict[str, Any], replace: tuple[str, ...]) -> Trained:
             given = next(f"{key}={options[key]}" for key in ("nfe", "steps") if options[key] is not None)
             raise ConfigError(f"{given}: this sampler chooses its own steps; leave nfe and steps out")
         config["sampler"] = config["sampler"] | {"nfe": options["nfe"], "steps": options["steps"]}
+    if counts is not None:
+        config["metrics"] = config["metrics"] | {"counts": counts}
     check_types(config)
     if not isinstance(config.get("seed"), int):
         raise ConfigError(f"checkpoint={path}: its config has no seed; it is not a run's")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from denoiselab.runs.errors import ConfigError
@@ -64,12 +62,3 @@ def fit(state: dict[str, Tensor], network: nn.Module) -> str:
         f"{key} is {given[key]}, not {wanted[key]}" for key in wanted if key in given and given[key] != wanted[key]
     ]
     return ", ".join(misfits[:3]) + (f" and {len(misfits) - 3} more" if len(misfits) > 3 else "")
-
-
-def digest(state: dict[str, Tensor]) -> str:
-    """SHA-256 (hex) of weights: of their names, shapes and bytes."""
-    digest = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

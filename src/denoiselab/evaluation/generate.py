@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from denoiselab.condition import NULL_LABEL, Condition
+from denoiselab.condition import Condition
 from denoiselab.diffusion.denoiser import Denoiser
 from denoiselab.diffusion.noise import NoiseSource
 from denoiselab.diffusion.samplers import Sampler
+
+# Asked for samples by their numbers, it yields (numbers, uint8 images of shape (b, C, H, W)) batch after batch.
+Source = Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
 
 
 class Decoder(Protocol):
@@ -44,7 +46,42 @@ def balanced_labels(count: int, num_classes: int, classes: Sequence[int] | None 
     return turn[torch.arange(count) % len(turn)]
 
 
-@torch.no_grad()
+def drawing(
+    denoiser: Denoiser,
+    sampler: Sampler,
+    *,
+    labels: Int64[Tensor, " N"] | None,
+    shape: Sequence[int],
+    codec: Decoder,
+    seed: int,
+    batch_size: int,
+    device: torch.device | str,
+) -> Source:
+    """A source of samples, drawn as they are asked for.
+
+    Args:
+        denoiser: what the sampler asks.
+        sampler: how to sample.
+        labels: the label of every sample, indexed by its number; None for unconditional data.
+        shape: (C, H, W) of what the network draws.
+        codec: makes images of it.
+        seed: of the noise.
+        batch_size: samples per network call.
+        device: where the network is; the images stay there.
+    """
+    points = sampler.plan(denoiser)[0]
+
+    @torch.no_grad()
+    def draw(numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, len(numbers), batch_size):
+            index = torch.as_tensor(numbers[start : start + batch_size])
+            condition = Condition(label=None if labels is None else labels[index]).to(device)
+            noise = NoiseSource(seed=seed, index=index.to(device))
+            yield index, codec.decode(sampler.sample(denoiser, shape, condition, noise, points))
+
+    return draw
+
+
 def generate(
     denoiser: Denoiser,
     sampler: Sampler,
@@ -57,63 +94,18 @@ def generate(
     batch_size: int,
     device: torch.device | str,
 ) -> UInt8[Tensor, "n C H W"]:
-    """The samples `indices` as uint8 images on the CPU.
-
-    Args:
-        denoiser: what the sampler asks.
-        sampler: how to sample.
-        indices: which samples, any subset in any order.
-        labels: the label of every sample, indexed by its number; None for unconditional data.
-        shape: (C, H, W) of what the network draws.
-        codec: makes images of it.
-        seed: of the noise.
-        batch_size: samples per network call.
-        device: where the network is.
-    """
-    images, points = [], sampler.plan(denoiser)[0]
-    for start in range(0, len(indices), batch_size):
-        index = torch.as_tensor(indices[start : start + batch_size])
-        condition = Condition(label=None if labels is None else labels[index]).to(device)
-        noise = NoiseSource(seed=seed, index=index.to(device))
-        images.append(codec.decode(sampler.sample(denoiser, shape, condition, noise, points)).cpu())
-    return torch.cat(images)
+    """The samples `indices`, at least one, as uint8 images on the CPU; the other arguments are those of `drawing`."""
+    source = drawing(
+        denoiser, sampler, labels=labels, shape=shape, codec=codec, seed=seed, batch_size=batch_size, device=device
+    )
+    return torch.cat([images.cpu() for _, images in source(indices)])
 
 
-def draw(
-    denoiser: Denoiser,
-    sampler: Sampler,
-    *,
-    count: int,
-    num_classes: int,
-    shape: Sequence[int],
-    codec: Decoder,
-    seed: int,
-    batch_size: int,
-    device: torch.device | str,
-) -> tuple[UInt8[Tensor, "N C H W"], Int64[Tensor, " N"]]:
-    """Samples 0 to count − 1, drawn by all ranks together, and their labels (balanced; -1 without classes).
+def held(images: UInt8[Tensor, "N C H W"], batch_size: int) -> Source:
+    """A source of images that are in memory."""
 
-    Rank r draws the samples r, r + ranks, …; every rank gets them all, in order. The arguments are those of `generate`.
-    """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    labels = balanced_labels(count, num_classes)
-    mine = range(rank, count, ranks)
-    images = torch.zeros(-(-count // ranks), *codec.decode(torch.zeros(1, *shape)).shape[1:], dtype=torch.uint8)
-    if mine:
-        images[: len(mine)] = generate(
-            denoiser,
-            sampler,
-            indices=mine,
-            labels=labels,
-            shape=shape,
-            codec=codec,
-            seed=seed,
-            batch_size=batch_size,
-            device=device,
-        )
-    if ranks > 1:
-        padded = images.to(device)
-        parts = [torch.empty_like(padded) for _ in range(ranks)]
-        dist.all_gather(parts, padded)
-        images = torch.stack(parts, dim=1).flatten(0, 1)[:count].cpu()
-    return images, torch.full((count,), NULL_LABEL) if labels is None else labels
+    def take(numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for index in torch.as_tensor(numbers).split(batch_size):
+            yield index, images[index]
+
+    return take

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+# What says which model was measured, and when: numbers of unlike values here are what one wants to compare
+RUN_FIELDS = ("step", "weights_sha256", "images")
 
 
 def count_name(count: int) -> str:
     """A sample count as it stands in a metric's name: 500, 1500, 2k, 50k."""
     return str(count) if count % 1000 else f"{count // 1000}k"
+
+
+def base_name(plain: str, label: str, distance: str | None = None) -> str:
+    """A metric's name without its count; the plain one belongs to the published Inception weights alone.
+
+    Args:
+        plain: "fid", "precision", …
+        label: of the extractor, "" for the published Inception.
+        distance: what stands for `plain` in other features, "fd" for "fid"; None: `plain` itself.
+    """
+    return f"{distance or plain}_{label}" if label else plain
 
 
 @dataclass(frozen=True)
@@ -20,16 +36,21 @@ class Number:
         value: what was measured.
         floor: the same quantity of the real test split; None where that cannot be had at this count.
         protocol: how it was measured, plain values only. Numbers of unlike protocols are not compared.
+        interval: of 95 %; None where there is none.
+        jackknife: the value with block b of the samples left out, for each b; the blocks depend on the samples' numbers
+            and labels alone, so that two sets drawn from one seed are paired block by block. None where there is none.
     """
 
     name: str
     value: float
     floor: float | None
     protocol: dict[str, Any]
+    interval: tuple[float, float] | None = None
+    jackknife: list[float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The number as a plain dict, fit for JSON."""
-        return asdict(self)
+        """The number as a plain dict, fit for JSON, with the id of its protocol."""
+        return asdict(self) | {"protocol_id": protocol_id(self.protocol)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Number:
@@ -39,22 +60,39 @@ class Number:
             ValueError: if the dict has other keys.
         """
         expected = [field.name for field in fields(cls)]
-        if sorted(values) != sorted(expected):
+        given = {key: value for key, value in values.items() if key != "protocol_id"}
+        if sorted(given) != sorted(expected):
             raise ValueError(f"number={sorted(values)}: must have the keys {', '.join(expected)}")
-        return cls(**values)
+        interval = given["interval"]
+        return cls(**given | {"interval": None if interval is None else (interval[0], interval[1])})
 
 
-def sampling_protocol(config: dict[str, Any], *, weights: str, seed: int, nfe: int | None) -> dict[str, Any]:
+def protocol_id(protocol: dict[str, Any]) -> str:
+    """Eight hex digits over a protocol without the fields that say which model was measured.
+
+    Numbers with one name and one id may stand in one column.
+    """
+    compared = {key: value for key, value in protocol.items() if key not in RUN_FIELDS}
+    return hashlib.sha256(json.dumps(compared, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def sampling_protocol(
+    config: dict[str, Any], *, weights: str, weights_sha256: str, step: int, seed: int, nfe: float | None
+) -> dict[str, Any]:
     """How samples are made, for the record beside a number.
 
     Args:
         config: with the nodes `sampler` and `guidance` that were used.
         weights: "raw" or the name of an average.
+        weights_sha256: hash of these weights.
+        step: of training, that they are from.
         seed: of the noise.
         nfe: network evaluations per sample; None if the solver chooses them.
     """
     return {key: config[key] for key in ("sampler", "guidance")} | {
         "nfe": nfe,
         "weights": weights,
+        "weights_sha256": weights_sha256,
+        "step": step,
         "seed": seed,
     }

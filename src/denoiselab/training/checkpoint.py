@@ -13,6 +13,7 @@ before it takes its name.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import zipfile
@@ -151,3 +152,12 @@ def network_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, Tenso
             raise ValueError(f"weights={weights}: the checkpoint has {', '.join([*checkpoint['ema'], 'raw'])}")
         state.update(checkpoint["ema"][weights])
     return state
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """SHA-256 (hex) of weights: of their names, shapes and bytes."""
+    total = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        total.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

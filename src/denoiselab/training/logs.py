@@ -18,6 +18,13 @@ def log_metrics(trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
             logger.log_metrics(metrics, step=trainer.global_step)
 
 
+def log_protocols(trainer: lightning.Trainer, protocols: dict[str, dict[str, Any]]) -> None:
+    """Put the protocols of metrics, by the metrics' names, into the config of the W&B run, from rank 0."""
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        if isinstance(logger, WandbLogger):
+            logger.experiment.config.update({"protocols": protocols}, allow_val_change=True)
+
+
 def log_image(trainer: lightning.Trainer, key: str, picture: Image.Image) -> None:
     """Log one picture from rank 0 to the loggers that show pictures."""
     if not trainer.is_global_zero:

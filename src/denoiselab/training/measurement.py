@@ -3,72 +3,114 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from denoiselab.data.datamodule import ImageDataModule
-from denoiselab.evaluation.generate import draw
-from denoiselab.evaluation.metrics import Metrics
+from denoiselab.evaluation.generate import balanced_labels, drawing
+from denoiselab.evaluation.metrics import PAIRS, Measured, Metrics
+from denoiselab.evaluation.pictures import image_grid
 from denoiselab.evaluation.records import Number, sampling_protocol
-from denoiselab.training.logs import log_metrics
+from denoiselab.training.checkpoint import digest
+from denoiselab.training.logs import log_image, log_metrics, log_protocols
 from denoiselab.training.module import DiffusionModule
+
+Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
+
+
+def _silent(total: int, unit: str) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda count: None)
 
 
 class Measurement(Callback):
     """Measures samples of the averaged weights every `metrics.every` steps, if that is set, and at the end.
 
-    Logs `metrics/<name>` and writes each number with its protocol as a line of metrics.jsonl.
+    Logs `metrics/<name>` (of other weights than the first average `metrics_<weights>/<name>`), and writes each number with
+    its protocol as a line of metrics.jsonl. Samples have noise of their own, so training goes on as if nothing had been.
 
     Args:
         metrics: what to measure.
         batch_size: samples per network call.
+        progress: a context manager of (total, unit) whose value is told how many images were just finished; None shows
+            nothing.
     """
 
-    def __init__(self, *, metrics: Metrics, batch_size: int = 500) -> None:
-        self.metrics, self.batch_size = metrics, batch_size
+    def __init__(self, *, metrics: Metrics, batch_size: int = 500, progress: Progress | None = None) -> None:
+        self.metrics, self.batch_size, self.progress = metrics, batch_size, progress or _silent
         self.numbers: list[Number] = []
+        self.seconds: dict[str, float] = {}
         self._measured = 0
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
-        """Measure when a multiple of `metrics.every` has just been reached."""
-        every = self.metrics.every
-        if every is not None and trainer.global_step > 0 and trainer.global_step % every == 0:
-            self._measure(trainer, pl_module)
+        """Measure a few samples when a multiple of `metrics.every` has just been reached."""
+        step, every = trainer.global_step, self.metrics.every
+        if every is not None and step > self._measured and step % every == 0 and step < trainer.max_steps:
+            self._measure(trainer, pl_module, self.metrics.every_counts)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Measure the end of the run."""
-        self._measure(trainer, pl_module)
+        self._measure(trainer, pl_module, self.metrics.counts)
 
-    def _measure(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def _measure(self, trainer: lightning.Trainer, module: lightning.LightningModule, counts: Sequence[int]) -> None:
         assert isinstance(module, DiffusionModule)
-        if trainer.global_step == self._measured or self.metrics.num_samples == 0:
+        if not counts:
             return
-        self._measured = trainer.global_step
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._measured, self.numbers, self.seconds = trainer.global_step, [], {}
+        for extractor in self.metrics.extractors.values():
+            extractor.to(module.device)
+        for weights in self.metrics.weights or [module.ema.default]:
+            measured = self._of(weights, trainer, module, counts)
+            self.numbers += measured.numbers
+            for name, seconds in measured.seconds.items():
+                self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            if not trainer.is_global_zero:
+                continue
+            with (Path(trainer.default_root_dir) / "metrics.jsonl").open("a") as file:
+                file.writelines(json.dumps(number.to_dict()) + "\n" for number in measured.numbers)
+            group = "metrics" if weights == module.ema.default else f"metrics_{weights}"
+            row = {f"{group}/{n.name}": n.value for n in measured.numbers}
+            row |= {f"{group}/{n.name}_real": n.floor for n in measured.numbers if n.floor is not None}
+            for n in measured.numbers:
+                if n.interval is not None:
+                    row |= {f"{group}/{n.name}_low": n.interval[0], f"{group}/{n.name}_high": n.interval[1]}
+            log_metrics(trainer, row)
+            if measured.images is not None:
+                picture = image_grid(measured.images, PAIRS)
+                folder = Path(trainer.default_root_dir) / "samples"
+                folder.mkdir(exist_ok=True)
+                picture.save(folder / f"step_{trainer.global_step:07d}_{weights}_closest.png")
+                log_image(trainer, f"samples/{weights}_closest_to_training", picture)
+            log_protocols(trainer, {f"{group}/{n.name}": n.protocol for n in measured.numbers})
+
+    def _of(self, weights: str, trainer: lightning.Trainer, module: DiffusionModule, counts: Sequence[int]) -> Measured:
+        """The numbers of the weights of one name."""
+        data, count, seed = trainer.datamodule, max(counts), self.metrics.seed  # type: ignore[attr-defined]
         assert isinstance(data, ImageDataModule)
-        with module.denoiser() as denoiser:
-            images, labels = draw(
+        labels = balanced_labels(count, data.num_classes)
+        with module.denoiser(weights) as denoiser:
+            source = drawing(
                 denoiser,
                 module.sampler,
-                count=self.metrics.num_samples,
-                num_classes=data.num_classes,
+                labels=labels,
                 shape=module.shape,
                 codec=module.codec,
-                seed=self.metrics.seed,
+                seed=seed,
                 batch_size=self.batch_size,
                 device=module.device,
             )
-            nfe = module.sampler.plan(denoiser)[1]
-        if not trainer.is_global_zero:
-            return
-        if self.metrics.extractor is not None:
-            self.metrics.extractor.to(module.device)
-        protocol = sampling_protocol(module.config, weights=module.ema.default, seed=self.metrics.seed, nfe=nfe)
-        self.numbers = self.metrics.measure(images, labels, data, protocol | {"step": trainer.global_step})
-        with (Path(trainer.default_root_dir) / "metrics.jsonl").open("a") as file:
-            file.writelines(json.dumps(number.to_dict()) + "\n" for number in self.numbers)
-        row = {f"metrics/{number.name}": number.value for number in self.numbers}
-        row |= {f"metrics/{n.name}_real": n.floor for n in self.numbers if n.floor is not None}
-        log_metrics(trainer, row)
+            protocol = sampling_protocol(
+                module.config,
+                weights=weights,
+                weights_sha256=digest(module.network.state_dict()),
+                step=trainer.global_step,
+                seed=seed,
+                nfe=module.sampler.plan(denoiser)[1],
+            )
+            asked = torch.full((count,), -1) if labels is None else labels
+            with self.progress(count, "images measured") as advance:
+                return self.metrics.measure(source, asked, data, protocol, counts=counts, advance=advance)
