@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import io
+import math
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
-from denoiselab.evaluation.records import Number
-from denoiselab.reports.console import print_results
+from denoiselab.evaluation.records import Number, protocol_id
+from denoiselab.reports.console import decimals, print_results, protocol_lines
+from stand_in_runs import number
 
 
 def printed(facts, numbers, width=80):
@@ -52,3 +56,51 @@ def test_brackets_are_no_markup():
 def test_values_are_aligned():
     lines = [line for line in printed({"a": 1, "longer": 22}, []) if line.strip()]
     assert lines == ["a       1", "longer  22"]
+
+
+INTERVALS = [
+    Number("fd_inf_digits_2k", 0.0812, None, {}, interval=(0.07, 0.0925)),
+    Number("accuracy_2k", 0.975, 0.99, {}),
+]
+
+
+def test_intervals_have_a_column_where_there_are_any():
+    words = [line.split() for line in printed({"run": "x"}, INTERVALS) if line.strip(" ─")]
+    rows = {first: rest for first, *rest in words[1:]}
+    assert rows["metric"] == ["value", "95", "%", "interval", "real", "test", "images"]
+    assert rows["fd_inf_digits_2k"] == ["0.08120", "[0.07000,", "0.09250]", "–"]
+    assert rows["accuracy_2k"] == ["0.9750", "–", "0.9900"]
+
+
+@pytest.mark.parametrize(
+    ("values", "digits"),
+    [([0.2346], 4), ([12.34], 2), ([1234.5], 0), ([0.0012, 0.5], 4), ([0.0012], 6), ([0.0], 4), ([math.nan, 2.0], 3)],
+)
+def test_four_significant_digits_of_the_largest(values, digits):
+    assert decimals(values) == digits
+
+
+def test_each_protocol_is_one_line_below_the_table():
+    numbers = [
+        number("fd_digits_2k", 0.2),
+        number("recall_2k", 0.9, protocol={"measure": {"name": "PrecisionRecall"}}),
+        number("fd_digits_500", 0.3, protocol={"count": 500}),
+        number("bits_per_dim_100", 5.0),
+    ]
+    for_bits = {"guidance": numbers[0].protocol["guidance"], "weights": "ema", "step": 1600, "count": 100}
+    numbers[3] = replace(numbers[3], protocol=for_bits)
+    ids = [protocol_id(n.protocol) for n in numbers]
+    made = "HeunT 19 NFE, no guidance, ema weights at step 1,600, digits features 8be094e1, against train 21432cfd"
+    assert protocol_lines(numbers) == {
+        f"2,000 samples (balanced), {made} (1,297 images)": ids[:2],
+        f"500 samples (balanced), {made} (1,297 images)": ids[2:3],
+        "100 real images, no guidance, ema weights at step 1,600": ids[3:],
+    }
+    text = " ".join(" ".join(printed({"run": "x"}, numbers)).split())
+    assert f"protocol: 2,000 samples (balanced), {made} (1,297 images) ({ids[0]} {ids[1]})" in text
+
+
+def test_guidance_and_adaptive_solvers_are_told():
+    guided = {"_target_": "lab.guidance.CFG", "scale": 2.5}
+    (line,) = protocol_lines([number("fid_2k", 1.0, protocol={"guidance": guided, "nfe": None})])
+    assert "HeunT as many NFE as it needs, CFG at scale 2.5, ema weights" in line

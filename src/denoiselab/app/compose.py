@@ -79,6 +79,24 @@ def command(config_name: str, task: str) -> None:
         sys.exit(2 if mistake else 1)
 
 
+def gather(arguments: list[str], key: str) -> list[str]:
+    """Arguments in which those that stand alone, such as paths, have become one list under a key.
+
+    Args:
+        arguments: of the command line; a flag keeps the word that follows it, and an existing path may hold a "=".
+        key: of the config.
+    """
+    alone = [
+        argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+        if not before.startswith("-")
+        and not argument.startswith("-")
+        and ("=" not in argument or Path(argument).exists())
+    ]
+    quoted = ",".join("'" + argument.replace("'", r"\'") + "'" for argument in alone)
+    return [argument for argument in arguments if argument not in alone] + ([f"{key}=[{quoted}]"] if alone else [])
+
+
 def composition_message(error: Exception, arguments: list[str]) -> str:
     """What Hydra or OmegaConf found wrong, in one line with the key, the value and what is allowed.
 
