@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install train sample evaluate certify convert test test-slow check format clean
+.PHONY: help install prefetch train sample evaluate compare certify frontier study convert test test-slow check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -19,6 +19,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
+prefetch: $(INSTALLED)  ## fetch weights and data on a machine with a network; ARGS="metrics=fid datamodule=cifar10"
+	$(BIN)/python scripts/prefetch.py $(ARGS)
+
 train: $(INSTALLED)  ## train on handwritten digits and print a table; ARGS="objective=v" changes the run
 	$(BIN)/python scripts/train.py $(ARGS)
 
@@ -28,8 +31,17 @@ sample: $(INSTALLED)  ## draw from the newest run; ARGS="num_samples=200 output=
 evaluate: $(INSTALLED)  ## measure the newest run
 	$(BIN)/python scripts/evaluate.py $(ARGS)
 
+compare: $(INSTALLED)  ## runs side by side with intervals; ARGS="<run> <run> output=table.md"
+	$(BIN)/python scripts/compare.py $(ARGS)
+
 certify: $(INSTALLED)  ## certify every sampler, path and prediction against exact answers, in some minutes
 	$(BIN)/python scripts/certify.py $(ARGS)
+
+frontier: $(INSTALLED)  ## quality against evaluations and seconds, of the newest run; ARGS="scales=[1,1.5,3]"
+	$(BIN)/python scripts/frontier.py $(ARGS)
+
+study: $(INSTALLED)  ## what texts predict, measured; ARGS="study=guidance" or copying
+	$(BIN)/python scripts/study.py $(ARGS)
 
 convert: $(INSTALLED)  ## weights from and for elsewhere; ARGS="run=<run> to=diffusers output=<folder>"
 	$(BIN)/python scripts/convert.py $(ARGS)

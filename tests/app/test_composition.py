@@ -11,7 +11,7 @@ import yaml
 from calls import CONF, NETWORK, SHORT, call, composed, only_run
 
 from denoiselab.app.build import make_module, make_training
-from denoiselab.app.nodes import make_network
+from denoiselab.app.nodes import make, make_network
 from denoiselab.condition import Condition
 from denoiselab.diffusion.noise import NoiseSource
 from denoiselab.evaluation.generate import balanced_labels
@@ -20,14 +20,15 @@ from denoiselab.runs.errors import ConfigError
 SMALL = {"width": 8, "blocks": 1, "head_channels": None, "hidden_size": 16, "depth": 1, "num_heads": 2}
 SIDES = (8, 28, 32, 64, 256)  # resolutions that backbone presets are made for
 BASE = ["metrics=none", "logger=none", "trainer.threads=1", "datamodule.batch_size=4"]
-PRIMARY = {"train", "sample", "evaluate", "certify", "convert", "base"}
+PRIMARY = {file.stem for file in CONF.glob("*.yaml")}
+ELSEWHERE = ("experiment", "hydra", "metrics/", "study")  # composed by tests of their own
 
 
 def all_choices():
     """(group, choice) of every file in conf/, experiments left out."""
     files = [file.relative_to(CONF).with_suffix("") for file in sorted(CONF.rglob("*.yaml"))]
     pairs = [(file.parent.as_posix(), file.name) for file in files if file.as_posix() not in PRIMARY]
-    return [(group, choice) for group, choice in pairs if group != "experiment" and not group.startswith("hydra")]
+    return [(group, choice) for group, choice in pairs if not group.startswith(ELSEWHERE)]
 
 
 def choices_of(group):
@@ -175,11 +176,23 @@ def test_every_metrics(choice, tmp_path):
     overrides = [f"metrics={choice}", "sampler.nfe=4"]
     if choice == "fid":
         missing = tmp_path / "missing.pth"
-        config = composed(*BASE, *overrides, f"metrics.extractor.weights={missing}")
-        with pytest.raises(ConfigError, match=rf"^metrics\.extractor\.weights={missing}: no such file; .*metrics=none"):
+        config = composed(*BASE, *overrides, f"metrics.extractors.inception.weights={missing}")
+        match = rf"^metrics\.extractors\.inception\.weights={missing}: no such file; .*metrics=none"
+        with pytest.raises(ConfigError, match=match):
             make_training(config)
         return
     runs(shrunk(composed(*BASE, *overrides)), tmp_path)
+
+
+@pytest.mark.parametrize("choice", sorted(file.stem for file in (CONF / "metrics" / "extractor").glob("*.yaml")))
+def test_every_extractor_can_join_a_measurement(choice):
+    config = composed("logger=none", f"+metrics/extractor@metrics.extractors.mine={choice}")
+    assert list(make(config, "metrics").extractors) == ["digits", "mine"]
+    refusal = (
+        r"extractors=.* must have different labels" if choice == "digits" else r"extractors\.mine\.(weights|code)="
+    )
+    with pytest.raises(ConfigError, match=rf"^metrics\.{refusal}"):  # no published weights in this house
+        make_training(config)
 
 
 @pytest.mark.parametrize("choice", choices_of("logger"))

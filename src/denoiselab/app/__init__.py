@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from denoiselab.app.compose import command
+import sys
+
+from denoiselab.app.compose import command, gather
 
 
 def train_command() -> None:
@@ -28,3 +30,24 @@ def certify_command() -> None:
 def convert_command() -> None:
     """`denoiselab-convert`."""
     command("convert", "denoiselab.app.convert:convert")
+
+
+def compare_command() -> None:
+    """`denoiselab-compare`; run folders may stand alone among its arguments."""
+    sys.argv[1:] = gather(sys.argv[1:], "runs")
+    command("compare", "denoiselab.app.compare:compare")
+
+
+def study_command() -> None:
+    """`denoiselab-study`."""
+    command("study", "denoiselab.app.study:study")
+
+
+def frontier_command() -> None:
+    """`denoiselab-frontier`."""
+    command("frontier", "denoiselab.app.frontier:frontier")
+
+
+def prefetch_command() -> None:
+    """`denoiselab-prefetch`."""
+    command("prefetch", "denoiselab.app.prefetch:prefetch")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +13,40 @@ from rich.console import Console
 
 from denoiselab.app.build import check_metrics
 from denoiselab.app.nodes import check_keys, make
+from denoiselab.app.processes import choose_devices, run_processes
 from denoiselab.app.sample import SAMPLE_KEYS, run_folder
-from denoiselab.app.trained import load_trained
+from denoiselab.app.trained import Trained, choose_device, load_trained
 from denoiselab.codecs.rgb import RGB
 from denoiselab.data.datamodule import ImageDataModule
 from denoiselab.diffusion.noise import hash64
-from denoiselab.evaluation.generate import draw
-from denoiselab.evaluation.metrics import Metrics
-from denoiselab.evaluation.pictures import read_images
-from denoiselab.evaluation.records import Number, sampling_protocol
-from denoiselab.reports.console import print_results, sampler_line
+from denoiselab.evaluation.collect import ranks
+from denoiselab.evaluation.generate import balanced_labels, drawing, held
+from denoiselab.evaluation.metrics import PAIRS, Measured, Metrics
+from denoiselab.evaluation.pictures import image_grid, read_images
+from denoiselab.evaluation.records import sampling_protocol
+from denoiselab.reports.console import print_results, progress, sampler_line, time_line
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import prepare_folder, write_json
-from denoiselab.training.trainer import free_cores
+from denoiselab.runs.launch import launched_from_outside
 
-EVALUATE_KEYS = {k: v for k, v in SAMPLE_KEYS.items() if k not in ("num_samples", "class")} | {"images": str | None}
+SHARED = (
+    "run",
+    "checkpoint",
+    "runs",
+    "weights",
+    "seed",
+    "nfe",
+    "steps",
+    "batch_size",
+    "output",
+    "device",
+    "devices",
+    "trust",
+)
+EVALUATE_KEYS = {k: v for k, v in SAMPLE_KEYS.items() if k in SHARED} | {
+    "images": str | None,
+    "counts": list[int] | None,
+}
 
 
 def evaluate(options: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
@@ -32,21 +54,13 @@ def evaluate(options: dict[str, Any], choices: dict[str, str], overrides: list[s
 
     Raises:
         ConfigError: if the run, the images or an option is wrong; nothing is written then.
+        RankError: if one of several processes failed.
     """
     check_keys(options, EVALUATE_KEYS)
-    torch.set_num_threads(free_cores())
-    facts: dict[str, Any]
-    if options["images"] is not None:
-        facts, numbers = _measure_images(options)
-        output = options["output"]
+    if options["images"] is None:
+        _evaluate_run(options)
     else:
-        facts, numbers, default = _measure_run(options)
-        output = options["output"] or default
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(output), {"numbers": [number.to_dict() for number in numbers]})
-        facts["output"] = output
-    print_results(Console(), facts, numbers)
+        _evaluate_images(options)
 
 
 def _check(config: dict[str, Any], metrics: Metrics, data: ImageDataModule) -> None:
@@ -59,64 +73,126 @@ def _check(config: dict[str, Any], metrics: Metrics, data: ImageDataModule) -> N
     check_metrics(config, metrics, data)
 
 
-def _measure_images(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number]]:
+def _evaluate_images(options: dict[str, Any]) -> None:
     for group in ("datamodule", "metrics"):
         if options.get(group) is None:
             raise ConfigError(f"{group}=null: images are compared with data; name one, for example {group}=digits")
+    if options["counts"] is not None:
+        options["metrics"] = options["metrics"] | {"counts": options["counts"]}
     data, metrics = make(options, "datamodule"), make(options, "metrics")
     _check(options, metrics, data)
-    if metrics.extractor is None:
+    if not metrics.extractors:
         raise ConfigError("metrics=bits_per_dim: is of a run; images are measured with metrics=digits or metrics=fid")
     try:
         images, labels = read_images(Path(options["images"]), data.channels)
         if tuple(images.shape[2:]) != data.size:
             raise ValueError(f"images={options['images']}: are {tuple(images.shape[2:])}, the data is {data.size}")
-        numbers = metrics.measure(images, labels, data, {"images": options["images"]})
+        for extractor in metrics.extractors.values():
+            extractor.to(choose_device(options["device"]))
+        source = held(images, options["batch_size"])
+        measured = metrics.measure(source, labels, data, {"images": options["images"]})
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return {"images": f"{len(images)} from {options['images']}"}, numbers
+    facts = {"images": f"{len(images)} from {options['images']}", "time": time_line(measured.seconds)}
+    if options["output"] is not None:
+        output = Path(options["output"])
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _write(output, measured)
+        facts["output"] = str(output)
+    print_results(Console(), facts, measured.numbers)
 
 
-def _measure_run(options: dict[str, Any]) -> tuple[dict[str, Any], list[Number], Path]:
-    trained = load_trained(options, ("sampler", "guidance", "metrics", "datamodule"))
+def _evaluate_run(options: dict[str, Any]) -> None:
+    devices = choose_devices(options["devices"], options["device"])
+    elsewhere = devices > 1 and not launched_from_outside()  # then this process only checks
+    trained = _load(options | ({"device": "cpu"} if elsewhere else {}))
+    options = options | {"run": None, "checkpoint": str(trained.checkpoint)}  # the newest one may be another, later
     parts, metrics = trained.parts, trained.parts.metrics
-    _check(trained.config, metrics, parts.data)
-    if metrics.bits_per_dim is not None and not isinstance(parts.codec, RGB):
-        raise ConfigError("metrics.bits_per_dim: is of pixels, and this codec has none; use metrics.bits_per_dim=null")
     folder = run_folder(trained.checkpoint) / "evaluations"
     try:
         prepare_folder(Path(options["output"]).parent if options["output"] else folder)
     except ValueError as error:
         raise ConfigError(f"output: {error}") from error
-    nfe = parts.sampler.plan(trained.denoiser)[1]
-    protocol = sampling_protocol(trained.config, weights=trained.weights, seed=metrics.seed, nfe=nfe)
-    protocol |= {"step": trained.step}
-    numbers: list[Number] = []
-    if metrics.extractor is not None:
-        images, labels = draw(
+    protocol = _protocol(trained)
+    wanted = {name: extractor.hash for name, extractor in metrics.extractors.items()}
+    wanted |= {"metrics": trained.config["metrics"], "data": parts.data.fingerprint("train")}
+    key = f"{hash64(json.dumps([protocol, wanted], sort_keys=True)):016x}"[:8]
+    shards = folder / f".features_{key}"
+    arguments = (options, str(shards))
+    measured = run_processes(_measure, arguments, options["devices"], options["device"], ready=(trained,))
+    if measured is None:  # rank 0 tells
+        return
+    name = f"step_{trained.step:07d}_{trained.weights}_{key}.json"
+    output = Path(options["output"]) if options["output"] else folder / name
+    _write(output, measured)
+    facts: dict[str, Any] = {
+        "checkpoint": trained.checkpoint,
+        "weights": f"{trained.weights}, step {trained.step}",
+        "sampler": sampler_line(parts.sampler, protocol["nfe"]),
+        "time": f"{time_line(measured.seconds)}; processes: {devices}",
+        "output": output,
+    }
+    if measured.images is not None:
+        facts["closest"] = output.with_name(f"{output.stem}_closest.png")
+        image_grid(measured.images, PAIRS).save(facts["closest"])
+    shutil.rmtree(shards, ignore_errors=True)  # numbers are written: the features behind them have served
+    print_results(Console(), facts, measured.numbers)
+
+
+def _load(options: dict[str, Any]) -> Trained:
+    """The run, checked for what is to be measured."""
+    trained = load_trained(options, ("sampler", "guidance", "metrics", "datamodule"), counts=options["counts"])
+    _check(trained.config, trained.parts.metrics, trained.parts.data)
+    if trained.parts.metrics.bits_per_dim is not None and not isinstance(trained.parts.codec, RGB):
+        raise ConfigError("metrics.bits_per_dim: is of pixels, and this codec has none; use metrics.bits_per_dim=null")
+    return trained
+
+
+def _protocol(trained: Trained) -> dict[str, Any]:
+    return sampling_protocol(
+        trained.config,
+        weights=trained.weights,
+        weights_sha256=trained.weights_sha256,
+        step=trained.step,
+        seed=trained.parts.metrics.seed,
+        nfe=trained.parts.sampler.plan(trained.denoiser)[1],
+    )
+
+
+def _measure(options: dict[str, Any], shards: str, trained: Trained | None = None) -> Measured:
+    """What the processes do together, each with a copy of the run; None loads it."""
+    trained = trained or _load(options)
+    parts, metrics, protocol = trained.parts, trained.parts.metrics, _protocol(trained)
+    measured, count = Measured([], {}, []), metrics.num_samples
+    if count:
+        labels = balanced_labels(count, parts.data.num_classes)
+        for extractor in metrics.extractors.values():
+            extractor.to(trained.device)
+        source = drawing(
             trained.denoiser,
             parts.sampler,
-            count=metrics.num_samples,
-            num_classes=parts.data.num_classes,
+            labels=labels,
             shape=parts.shape,
             codec=parts.codec,
             seed=metrics.seed,
             batch_size=options["batch_size"],
             device=trained.device,
         )
-        metrics.extractor.to(trained.device)
-        numbers += metrics.measure(images, labels, parts.data, protocol)
-    if metrics.bits_per_dim is not None:
-        solver = {key: protocol[key] for key in ("guidance", "weights", "step")}
+        asked = torch.full((count,), -1) if labels is None else labels
+        with progress(count, "images") as advance:
+            measured = metrics.measure(source, asked, parts.data, protocol, shards=Path(shards), advance=advance)
+    if metrics.bits_per_dim is not None and ranks()[0] == 0:
+        solver = {key: protocol[key] for key in ("guidance", "weights", "weights_sha256", "step")}
         bits = metrics.bits_per_dim
         try:
-            numbers.append(bits.measure(trained.denoiser, parts.codec, parts.data, trained.device, solver))
+            number = bits.measure(trained.denoiser, parts.codec, parts.data, trained.device, solver)
         except ValueError as error:
             raise ConfigError(f"metrics.bits_per_dim: {error}") from error
-    facts = {
-        "checkpoint": trained.checkpoint,
-        "weights": f"{trained.weights}, step {trained.step}",
-        "sampler": sampler_line(parts.sampler, nfe),
-    }
-    name = f"step_{trained.step:07d}_{trained.weights}_{hash64(str(numbers[0].protocol)) & 0xFFFFFFFF:08x}.json"
-    return facts, numbers, folder / name
+        measured = replace(measured, numbers=[*measured.numbers, number])
+    return measured
+
+
+def _write(output: Path, measured: Measured) -> None:
+    numbers = [number.to_dict() for number in measured.numbers]
+    closest = [pair._asdict() for pair in measured.closest]
+    write_json(output, {"numbers": numbers, "seconds": measured.seconds, "closest": closest})
