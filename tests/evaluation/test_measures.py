@@ -91,7 +91,7 @@ def test_every_measure_finds_what_the_functions_say(samples, real):
         "copy_rate": (nearest[:, 0] < nearest[:, 1] / 3).double().mean().item(),
         "accuracy": (seen == samples.labels).double().mean().item(),
         "class_entropy": torch.distributions.Categorical(seen.bincount().double() / 80).entropy().item(),
-        "intra_class_diversity": torch.stack(spread).sqrt().mean().item(),
+        "class_diversity": torch.stack(spread).sqrt().mean().item(),
     }
     assert {name: value.value for name, value in found.items()} == pytest.approx(expected)
     assert found["fid_inf"].interval == far.interval
@@ -205,7 +205,7 @@ def test_adherence_counts_the_conditional_samples(samples, real):
     none = FeatureSet(samples.features, torch.full((80,), -1), samples.logits, None, 4)
     assert set(Adherence()(none, real, "")) == {"class_entropy"}
     foreign = FeatureSet(samples.features, samples.labels, samples.logits)  # logits of other classes
-    assert set(Adherence()(foreign, real, "")) == {"intra_class_diversity"}
+    assert set(Adherence()(foreign, real, "")) == {"class_diversity"}
 
 
 def test_class_entropy_and_diversity_see_collapse(real):
@@ -215,14 +215,14 @@ def test_class_entropy_and_diversity_see_collapse(real):
     one_class[:, 2] = 1
     collapsed = Adherence()(FeatureSet(alike, labels, one_class, None, 4), real, "")
     assert collapsed["class_entropy"].value == 0
-    assert collapsed["intra_class_diversity"].value == pytest.approx(0, abs=1e-6)
+    assert collapsed["class_diversity"].value == pytest.approx(0, abs=1e-6)
     even = Adherence()(FeatureSet(alike, labels, torch.eye(4)[labels], None, 4), real, "")
     assert even["class_entropy"].value == pytest.approx(math.log(4))
 
 
-def test_intra_class_diversity_is_the_root_mean_square_distance_of_pairs(real):
+def test_class_diversity_is_the_root_mean_square_distance_of_pairs(real):
     x = torch.randn(50, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    found = Adherence()(FeatureSet(x, torch.zeros(50, dtype=torch.int64)), real, "")["intra_class_diversity"]
+    found = Adherence()(FeatureSet(x, torch.zeros(50, dtype=torch.int64)), real, "")["class_diversity"]
     pairs = torch.pdist(x)
     assert found.value == pytest.approx(pairs.square().mean().sqrt().item())
 

@@ -30,10 +30,10 @@ NUMBERS = [
 def test_numbers_stand_beside_their_floors():
     words = [line.split() for line in printed({"run": "x"}, NUMBERS) if line.strip(" ─")]
     rows = {first: rest for first, *rest in words[1:]}
-    assert rows["metric"] == ["value", "real", "test", "images"]
-    assert rows["fd_digits_2k"] == ["0.2346", "0.1900"]
-    assert rows["accuracy"] == ["0.9750", "0.9900"]
-    assert rows["recall_2k"] == ["0.5000", "–"]
+    assert rows["metric"] == ["value", "real", "protocol"]
+    assert rows["fd_digits_2k"] == ["0.2346", "0.1900", protocol_id({})]
+    assert rows["accuracy"] == ["0.9750", "0.9900", protocol_id({})]
+    assert rows["recall_2k"] == ["0.5000", "–", protocol_id({})]
     assert list(rows) == ["metric", "fd_digits_2k", "accuracy", "recall_2k"]
 
 
@@ -67,9 +67,9 @@ INTERVALS = [
 def test_intervals_have_a_column_where_there_are_any():
     words = [line.split() for line in printed({"run": "x"}, INTERVALS) if line.strip(" ─")]
     rows = {first: rest for first, *rest in words[1:]}
-    assert rows["metric"] == ["value", "95", "%", "interval", "real", "test", "images"]
-    assert rows["fd_inf_digits_2k"] == ["0.08120", "[0.07000,", "0.09250]", "–"]
-    assert rows["accuracy_2k"] == ["0.9750", "–", "0.9900"]
+    assert rows["metric"] == ["value", "95", "%", "interval", "real", "protocol"]
+    assert rows["fd_inf_digits_2k"] == ["0.08120", "[0.07000,", "0.09250]", "–", protocol_id({})]
+    assert rows["accuracy_2k"] == ["0.9750", "–", "0.9900", protocol_id({})]
 
 
 @pytest.mark.parametrize(
@@ -89,15 +89,14 @@ def test_each_protocol_is_one_line_below_the_table():
     ]
     for_bits = {"guidance": numbers[0].protocol["guidance"], "weights": "ema", "step": 1600, "count": 100}
     numbers[3] = replace(numbers[3], protocol=for_bits)
-    ids = [protocol_id(n.protocol) for n in numbers]
     made = "HeunT 19 NFE, no guidance, ema weights at step 1,600, digits features 8be094e1, against train 21432cfd"
-    assert protocol_lines(numbers) == {
-        f"2,000 samples (balanced), {made} (1,297 images)": ids[:2],
-        f"500 samples (balanced), {made} (1,297 images)": ids[2:3],
-        "100 real images, no guidance, ema weights at step 1,600": ids[3:],
-    }
+    assert protocol_lines(numbers) == [
+        f"2,000 samples (balanced), {made} (1,297 images)",
+        f"500 samples (balanced), {made} (1,297 images)",
+        "100 real images, no guidance, ema weights at step 1,600",
+    ]
     text = " ".join(" ".join(printed({"run": "x"}, numbers)).split())
-    assert f"protocol: 2,000 samples (balanced), {made} (1,297 images) ({ids[0]} {ids[1]})" in text
+    assert f"protocol: 2,000 samples (balanced), {made} (1,297 images)" in text
 
 
 def test_guidance_and_adaptive_solvers_are_told():

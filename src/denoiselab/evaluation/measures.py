@@ -308,11 +308,11 @@ class Memorisation(Measure):
 
 
 class Adherence(Measure):
-    """`accuracy`, `class_entropy` and `intra_class_diversity` of conditional samples.
+    """`accuracy`, `class_entropy` and `class_diversity` of conditional samples.
 
     - accuracy: the share of the conditional samples that the extractor, if a classifier, classifies as asked;
     - class_entropy: of the classes that it sees in all samples, in nats: ln K when they are equally many;
-    - intra_class_diversity: the root-mean-square distance √(2 tr S_c) of two samples of the same asked class c, S_c the
+    - class_diversity: the root-mean-square distance √(2 tr S_c) of two samples of the same asked class c, S_c the
       unbiased covariance of its features, averaged over the classes with two samples; 0 when each class is one image.
     """
 
@@ -333,7 +333,7 @@ class Adherence(Measure):
             if (images.labels == c).sum() >= 2
         ]
         if variances:
-            values["intra_class_diversity"] = Value((2 * torch.stack(variances)).sqrt().mean().item())
+            values["class_diversity"] = Value((2 * torch.stack(variances)).sqrt().mean().item())
         return {base_name(name, label): value for name, value in values.items()}
 
 

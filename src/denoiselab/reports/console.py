@@ -23,21 +23,23 @@ from denoiselab.evaluation.records import Number, protocol_id
 
 
 def numbers_table(numbers: Sequence[Number]) -> Table:
-    """Each number with its interval, beside the same quantity of real test images."""
+    """Each number with its interval, the same quantity of real test images, and the id of its protocol."""
     table = Table(box=box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("metric")
+    table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right")
     intervals = any(number.interval is not None for number in numbers)
     if intervals:
         table.add_column("95 % interval", justify="right")
-    table.add_column("real test images", justify="right")
+    table.add_column("real", justify="right")
+    table.add_column("protocol", style="dim")
     for number in numbers:
         digits = decimals([number.value])
         cells = [f"{number.value:.{digits}f}"]
         if intervals:
             cells.append("–" if number.interval is None else show_interval(number.interval, digits))
         floor = number.floor
-        table.add_row(number.name, *cells, "–" if floor is None else f"{floor:.{decimals([floor])}f}")
+        cells.append("–" if floor is None else f"{floor:.{decimals([floor])}f}")
+        table.add_row(number.name, *cells, protocol_id(number.protocol))
     return table
 
 
@@ -52,18 +54,9 @@ def show_interval(interval: tuple[float, float], digits: int, sign: str = "") ->
     return f"[{interval[0]:{sign}.{digits}f}, {interval[1]:{sign}.{digits}f}]"
 
 
-def protocol_lines(numbers: Iterable[Number]) -> dict[str, list[str]]:
-    """How numbers were made, a line for each distinct way, and the ids of the protocols behind it.
-
-    Protocols that differ in the settings of a measure alone share a line.
-    """
-    lines: dict[str, list[str]] = {}
-    for number in numbers:
-        if text := _protocol_line(number.protocol):
-            ids = lines.setdefault(text, [])
-            if (name := protocol_id(number.protocol)) not in ids:
-                ids.append(name)
-    return lines
+def protocol_lines(numbers: Iterable[Number]) -> list[str]:
+    """How numbers were made, a line for each distinct way; the settings of a measure are in its protocol alone."""
+    return [text for text in dict.fromkeys(_protocol_line(number.protocol) for number in numbers) if text]
 
 
 def _protocol_line(protocol: dict[str, Any]) -> str:
@@ -114,8 +107,8 @@ def print_results(console: Console, facts: dict[str, Any], numbers: Sequence[Num
         console.print(f"[bold]{key:<{width}}[/bold]{escape(str(value))}", soft_wrap=True, highlight=False)
     if numbers:
         console.print(numbers_table(numbers))
-        for text, ids in protocol_lines(numbers).items():
-            console.print(Padding(Text(f"protocol: {text} ({' '.join(ids)})", style="dim"), (0, 1)))
+        for text in protocol_lines(numbers):
+            console.print(Padding(Text(f"protocol: {text}", style="dim"), (0, 1)))
 
 
 @contextmanager
