@@ -10,8 +10,9 @@ import torch_fidelity
 
 from denoiselab.data.digits import load_digits_split
 from denoiselab.evaluation.digits_classifier import WEIGHTS, classifier_metadata, load_classifier
-from denoiselab.evaluation.distances import frechet_distance, precision_recall, statistics
+from denoiselab.evaluation.distances import frechet_distance, statistics
 from denoiselab.evaluation.extractors import DigitsExtractor
+from denoiselab.evaluation.neighbours import precision_recall
 
 SHIPPED = "2d6e3efe9780c639316f6b8484c806794725b00fb8e0b1b82ae20e897f06144d"
 SCRIPT = Path(__file__).parents[2] / "scripts" / "make_digits_classifier.py"

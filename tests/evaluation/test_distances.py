@@ -16,7 +16,6 @@ from denoiselab.evaluation.distances import (
     frechet_distance,
     inception_score,
     kernel_distance,
-    precision_recall,
     statistics,
 )
 
@@ -201,26 +200,3 @@ def test_inception_score_of_sure_balanced_logits_is_the_number_of_classes():
     expected = (p * (p.log() - p.mean(dim=0).log())).sum(dim=1).mean().exp().item()
     assert inception_score(some, splits=1, seed=0)[0] == pytest.approx(expected, rel=1e-6)
     assert inception_score(some, splits=10, seed=0) != inception_score(some, splits=10, seed=1)
-
-
-@pytest.mark.parametrize("neighbours", [3, 5])
-def test_precision_and_recall_equal_their_definition(neighbours):
-    samples = torch.randn(40, 3, generator=generator(0), dtype=torch.float64)
-    real = torch.randn(60, 3, generator=generator(1), dtype=torch.float64) * 1.5
-
-    def share_inside(points, centres):
-        radius = torch.cdist(centres, centres).sort(dim=1).values[:, neighbours]  # column 0 is the centre itself
-        return (torch.cdist(points, centres) <= radius).any(dim=1).double().mean().item()
-
-    precision, recall = precision_recall(samples, real, neighbours=neighbours)
-    assert precision == pytest.approx(share_inside(samples, real), abs=1e-6)
-    assert recall == pytest.approx(share_inside(real, samples), abs=1e-6)
-    assert 0 < recall < precision <= 1
-
-
-def test_collapsed_samples_keep_precision_and_lose_recall():
-    real = torch.randn(100, 4, generator=generator())
-    collapsed = real[:1] + 1e-4 * torch.randn(50, 4, generator=generator(1))
-    precision, recall = precision_recall(collapsed, real)
-    assert precision == 1
-    assert recall < 0.05

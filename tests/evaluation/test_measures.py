@@ -11,7 +11,6 @@ from denoiselab.evaluation.distances import (
     frechet_distance,
     inception_score,
     kernel_distance,
-    precision_recall,
     statistics,
 )
 from denoiselab.evaluation.extrapolation import extrapolate
@@ -29,7 +28,7 @@ from denoiselab.evaluation.measures import (
     PrecisionRecall,
     SpatialFrechet,
 )
-from denoiselab.evaluation.neighbours import density_coverage
+from denoiselab.evaluation.neighbours import density_coverage, precision_recall
 from denoiselab.evaluation.reference import Reference
 
 ALL = [

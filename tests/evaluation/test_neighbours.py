@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from denoiselab.evaluation import neighbours
-from denoiselab.evaluation.neighbours import density_coverage, two_nearest
+from denoiselab.evaluation.neighbours import density_coverage, precision_recall, two_nearest
 
 
 def normal(n, size, seed=0):
@@ -44,9 +44,10 @@ def test_copies_are_at_distance_zero_even_far_from_the_origin():
 
 
 def test_close_neighbours_are_told_apart_in_float64():
-    y = normal(1, 32).repeat(8, 1) + 1e-4 * normal(8, 32, seed=1)  # float32 products see eight equal points
-    x = (y.double() + 1e-6 * normal(8, 32, seed=2)).float()
-    assert torch.equal(two_nearest(x, y).indices[:, 0], torch.arange(8))
+    close = 10 + 1e-4 * normal(6, 32)  # float32 products see six equal points, so far from the reference's mean
+    y = torch.cat((close, normal(50, 32, seed=1) - 10))
+    x = (close.double() + 1e-6 * normal(6, 32, seed=2)).float()
+    assert torch.equal(two_nearest(x, y).indices[:, 0], torch.arange(6))
 
 
 def test_the_ratio_of_an_exact_copy_of_an_image_that_is_there_twice_is_zero():
@@ -89,3 +90,37 @@ def test_a_point_on_the_edge_of_a_ball_is_inside():
     hits, coverage = density_coverage(real, real, neighbours=3)
     assert hits.mean().item() == pytest.approx(4 / 3, rel=1e-9)  # a ball holds its centre and k neighbours
     assert coverage == 1
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("k", [3, 5])
+def test_precision_and_recall_equal_their_definition(k):
+    samples = torch.randn(40, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    real = torch.randn(60, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 1.5
+
+    def share_inside(points, centres):
+        radius = torch.cdist(centres, centres).sort(dim=1).values[:, k]  # column 0 is the centre itself
+        return (torch.cdist(points, centres) <= radius).any(dim=1).double().mean().item()
+
+    precision, recall = precision_recall(samples, real, neighbours=k)
+    assert precision == pytest.approx(share_inside(samples, real), abs=1e-6)
+    assert recall == pytest.approx(share_inside(real, samples), abs=1e-6)
+    assert 0 < recall < precision <= 1
+
+
+def test_collapsed_samples_keep_precision_and_lose_recall():
+    real = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    collapsed = real[:1] + 1e-4 * torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    precision, recall = precision_recall(collapsed, real)
+    assert precision == 1
+    assert recall < 0.05
+
+
+@pytest.mark.usefixtures("chunked")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_precision_and_recall_are_torch_fidelitys(seed):
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    samples, real = normal(150, 8, seed).relu(), 1.2 * normal(200, 8, seed + 10).relu()
+    theirs = prc_features_to_metric(samples.double(), real.double(), verbose=False)
+    assert precision_recall(samples, real) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)

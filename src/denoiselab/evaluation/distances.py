@@ -33,8 +33,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 1000  # rows of a distance matrix held at a time
-
 
 class Statistics(NamedTuple):
     """Mean (shape (D,)) and unbiased covariance (shape (D, D)) of features, both float64."""
@@ -152,31 +150,6 @@ def inception_score(logits: Tensor, *, splits: int, seed: int) -> tuple[float, f
 
     found = isc_features_to_metric(logits, splits=splits, rng_seed=seed)
     return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
-
-
-def precision_recall(features: Tensor, reference: Tensor, *, neighbours: int = 3) -> tuple[float, float]:
-    """Precision and recall with balls up to the k-th neighbour (Kynkäänniemi et al. 2019, eq. 1 and 2).
-
-    Args:
-        features: of the samples, shape (N, D), N above `neighbours`.
-        reference: of real images, shape (M, D), M above `neighbours`.
-        neighbours: k.
-
-    Returns:
-        precision, the share of samples inside the real images' balls, and recall, the share of real images
-        inside the samples' balls. The expectation of precision does not depend on N, recall's does.
-    """
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
-    found = prc_features_to_metric(
-        features.double(),
-        reference.double(),
-        prc_neighborhood=neighbours,
-        prc_batch_size=CHUNK,
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
 
 
 def _tensors(moments: Statistics) -> tuple[Tensor, Tensor]:

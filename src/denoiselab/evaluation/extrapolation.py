@@ -1,7 +1,7 @@
 """The Fréchet distance of infinitely many samples, with an interval.
 
-Bias. Let S be the covariance of N samples, C its expectation, R = B·Bᵀ the reference's, and a_i = s_i² the eigenvalues of
-A = Bᵀ C B. With H = Bᵀ (S − C) B in A's axes, the trace of the root is, to second order,
+Bias. Let S be the covariance of N samples, C its expectation, R = Q·Qᵀ the reference's, and a_i = s_i² the eigenvalues of
+A = Qᵀ C Q. With H = Qᵀ (S − C) Q in A's axes, the trace of the root is, to second order,
 
     tr (A + H)^½ = Σ s_i + ½ Σ H_ii/s_i − ¼ Σ_ij H_ij² / (s_i s_j (s_i + s_j)).
 
@@ -9,8 +9,8 @@ The linear term has no mean. For Gaussian samples E H_ij² = a_i a_j (1 + δ_ij)
 
     E d²_N ≈ d² + b/N,    b = tr C + ½ Σ_ij s_i s_j/(s_i + s_j) + ¼ Σ_i s_i,
 
-which is all positive: the plain value is too high. More of the same samples, or a bootstrap of it, does not see this: each
-resample of N has the bias of the set it is drawn from once more. For other distributions b differs, its 1/N does not.
+which is positive: the plain value is too high. A bootstrap of it does not help, since each resample has the bias of its set
+and its own on top. Of other distributions b is another, and 1/N the same.
 
 Extrapolation (Chong & Forsyth 2020, "Effectively unbiased FID and Inception Score and where to find them"): fit a
 line to distances of subsets against 1/size and read it at 0. The samples are divided into B blocks; the sizes are N (all) and

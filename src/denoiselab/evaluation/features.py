@@ -152,6 +152,8 @@ class Extractor(ABC):
         exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
         with torch.autocast(self._device.type, enabled=False), exact:
             for batch in images.split(batch_size):
+                # Grey images from files have the strides of channels-last, whose convolutions round differently.
+                batch = batch.flatten().view(batch.shape)
                 parts: dict[str, Tensor] = self._network(batch.to(self._device)).tensors()
                 found.append(Features(**{name: part.float().cpu() for name, part in parts.items()}))
         return Features.joined(found)

@@ -14,12 +14,11 @@ from denoiselab.evaluation.distances import (
     frechet_distance,
     inception_score,
     kernel_distance,
-    precision_recall,
     statistics,
 )
 from denoiselab.evaluation.extrapolation import extrapolate, smallest_subset
 from denoiselab.evaluation.intervals import mean_interval, student, wilson
-from denoiselab.evaluation.neighbours import TwoNearest, density_coverage, two_nearest
+from denoiselab.evaluation.neighbours import TwoNearest, density_coverage, precision_recall, two_nearest
 from denoiselab.evaluation.records import base_name
 
 if TYPE_CHECKING:
