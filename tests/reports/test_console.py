@@ -68,7 +68,7 @@ def test_intervals_have_a_column_where_there_are_any():
     words = [line.split() for line in printed({"run": "x"}, INTERVALS) if line.strip(" ─")]
     rows = {first: rest for first, *rest in words[1:]}
     assert rows["metric"] == ["value", "95", "%", "interval", "real", "protocol"]
-    assert rows["fd_inf_digits_2k"] == ["0.08120", "[0.07000,", "0.09250]", "–", protocol_id({})]
+    assert rows["fd_inf_digits_2k"] == ["0.08120", "[0.0700,", "0.0925]", "–", protocol_id({})]
     assert rows["accuracy_2k"] == ["0.9750", "–", "0.9900", protocol_id({})]
 
 

@@ -40,6 +40,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, metadata={"sha256": _checksum(tensors)})
+        mask = os.umask(0o077)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)  # a cache may be shared; safetensors makes its files private
         os.replace(temporary, path)
     except SafetensorError as error:
         raise OSError(str(error)) from error

@@ -24,19 +24,19 @@ from denoiselab.evaluation.records import Number, protocol_id
 
 def numbers_table(numbers: Sequence[Number]) -> Table:
     """Each number with its interval, the same quantity of real test images, and the id of its protocol."""
-    table = Table(box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right")
     intervals = any(number.interval is not None for number in numbers)
     if intervals:
-        table.add_column("95 % interval", justify="right")
+        table.add_column("95 % interval", justify="right", no_wrap=True)
     table.add_column("real", justify="right")
-    table.add_column("protocol", style="dim")
+    table.add_column("protocol", style="dim", no_wrap=True)
     for number in numbers:
         digits = decimals([number.value])
         cells = [f"{number.value:.{digits}f}"]
         if intervals:
-            cells.append("–" if number.interval is None else show_interval(number.interval, digits))
+            cells.append("–" if number.interval is None else show_interval(number.interval, max(0, digits - 1)))
         floor = number.floor
         cells.append("–" if floor is None else f"{floor:.{decimals([floor])}f}")
         table.add_row(number.name, *cells, protocol_id(number.protocol))
