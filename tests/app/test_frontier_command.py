@@ -64,7 +64,7 @@ def test_what_cannot_be_is_a_row_with_the_reason(finished):
         ("heun", "2.0", "1"),
     ]
     assert skipped[0]["note"] == "skipped: nfe=1: one step of this sampler already costs more"
-    assert "skipped, asked: 1" in done.out
+    assert "already costs more: ddim at scale 2 (1), heun at scale 2 (1)" in done.out
 
 
 def test_a_number_is_that_of_evaluate(finished, tiny_run):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from denoiselab.app.frontier_points import POINTS, Counting, check_shared, read_lines, timed, typical
+from denoiselab.app.frontier_costs import Counting, timed, typical
+from denoiselab.app.frontier_points import POINTS, check_shared, read_lines
 from denoiselab.condition import Condition
 from denoiselab.diffusion.denoiser import Posterior
 from denoiselab.diffusion.guidance import ClassifierFree
@@ -98,7 +99,7 @@ def test_lines_that_cannot_be_read_are_as_if_not_there(tmp_path):
         '{"key": "b", "numbers": []}',
         '{"numbers": [{"name": "x"}]}',
     ]
-    (tmp_path / POINTS).write_text("\n".join([*torn, whole]))
+    (tmp_path / POINTS).write_text("\n".join([*torn, whole, whole.replace('"a"', '"b"')]))  # the last line has no end
     (line,) = read_lines(tmp_path)
     assert line["key"] == "a"
     check_shared([line], {"seed": 0})
