@@ -20,6 +20,7 @@ from denoiselab.codecs.rgb import RGB
 from denoiselab.data.datamodule import ImageDataModule
 from denoiselab.diffusion.noise import hash64
 from denoiselab.evaluation.collect import ranks
+from denoiselab.evaluation.counting import Counting
 from denoiselab.evaluation.generate import balanced_labels, drawing, held
 from denoiselab.evaluation.metrics import PAIRS, Measured, Metrics
 from denoiselab.evaluation.pictures import image_grid, read_images
@@ -168,8 +169,9 @@ def _measure(options: dict[str, Any], shards: str, trained: Trained | None = Non
         labels = balanced_labels(count, parts.data.num_classes)
         for extractor in metrics.extractors.values():
             extractor.to(trained.device)
+        counting = Counting(trained.denoiser) if protocol["nfe"] is None else None
         source = drawing(
-            trained.denoiser,
+            counting or trained.denoiser,
             parts.sampler,
             labels=labels,
             shape=parts.shape,
@@ -180,7 +182,9 @@ def _measure(options: dict[str, Any], shards: str, trained: Trained | None = Non
         )
         asked = torch.full((count,), -1) if labels is None else labels
         with progress(count, "images") as advance:
-            measured = metrics.measure(source, asked, parts.data, protocol, shards=Path(shards), advance=advance)
+            measured = metrics.measure(
+                source, asked, parts.data, protocol, shards=Path(shards), advance=advance, counting=counting
+            )
     if metrics.bits_per_dim is not None and ranks()[0] == 0:
         solver = {key: protocol[key] for key in ("guidance", "weights", "weights_sha256", "step")}
         bits = metrics.bits_per_dim

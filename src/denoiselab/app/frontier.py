@@ -7,7 +7,6 @@ on, and one with a larger grid measures only what is new. The folder's name is a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,6 +32,7 @@ from denoiselab.reports.frontier import Frontier, Skipped, higher_is_better
 from denoiselab.reports.frontier_pages import FIGURE, print_frontier, records, write_frontier
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import prepare_folder
+from denoiselab.training.logs import start_wandb
 from denoiselab.training.trainer import free_cores
 
 FRONTIER_KEYS: dict[str, Any] = {
@@ -216,22 +216,9 @@ def _dashboard(
         return
     import wandb
 
-    chosen = os.environ.get("WANDB_MODE") or node.get("mode")
-    mode: Any = chosen or ("online" if wandb.login(prompt=False) else "offline")
-    run = wandb.init(
-        dir=folder,
-        id=name,
-        name=name,
-        project=node.get("project"),
-        entity=node.get("entity"),
-        mode=mode,
-        tags=node.get("tags"),
-        notes=node.get("notes"),
-        job_type="frontier",
-        resume="allow",
-        config=config,
-        settings=wandb.Settings(console="off", silent=True),
-    )
+    keys = ("project", "entity", "mode", "tags", "notes")
+    given = {key: node.get(key) for key in keys}
+    run = start_wandb(folder, name, "frontier", name=name, resume="allow", config=config, **given)
 
     def show(result: Frontier) -> None:
         rows = records(result)

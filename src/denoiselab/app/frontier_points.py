@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
-from denoiselab.app.frontier_costs import Counting, timed, typical
+from denoiselab.app.frontier_costs import timed, typical
 from denoiselab.app.trained import Trained
 from denoiselab.condition import NULL_LABEL
 from denoiselab.diffusion.denoiser import Denoiser
 from denoiselab.diffusion.noise import hash64
 from denoiselab.diffusion.samplers import Sampler
+from denoiselab.evaluation.counting import Counting
 from denoiselab.evaluation.generate import Source, balanced_labels, drawing
 from denoiselab.evaluation.metrics import MIN_COUNT
 from denoiselab.evaluation.records import Number, count_name, sampling_protocol
@@ -274,7 +275,7 @@ class Bench:
             "scale": way.scale,
             "budget": way.budget,
             "count": count,
-            "nfe": counting.mean if counting else way.nfe,
+            "nfe": counting.mean() if counting else way.nfe,
             "seconds": typical(spent),
             "numbers": measured.numbers,
             "shared": self.shared,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from denoiselab.evaluation.bits import BitsPerDim
 from denoiselab.evaluation.collect import Clock, broadcast, collect, ranks
+from denoiselab.evaluation.counting import Counting
 from denoiselab.evaluation.features import Extractor, FeatureSet
 from denoiselab.evaluation.generate import Source
 from denoiselab.evaluation.measures import Measure, Memorisation, Pair, Value
@@ -151,6 +152,7 @@ class Metrics:
         counts: Sequence[int] | None = None,
         shards: Path | None = None,
         advance: Callable[[int], None] | None = None,
+        counting: Counting | None = None,
     ) -> Measured:
         """The numbers of a set of images; to be called on every rank.
 
@@ -162,6 +164,7 @@ class Metrics:
             counts: other counts than `self.counts`.
             shards: a folder in which finished features are kept, so that the same call goes on from there.
             advance: told how many images were just finished on this rank.
+            counting: what the source asks, if it counts; the protocol then says what a sample spent.
 
         Raises:
             ValueError: if there are too few images.
@@ -181,6 +184,8 @@ class Metrics:
             advance=advance,
             clock=clock,
         )
+        if counting is not None:
+            protocol = protocol | {"nfe_spent": counting.mean()}
         with clock("reference"):
             references = {name: self._real(name, extractor, data) for name, extractor in self.extractors.items()}
         result: tuple[list[Number], list[Pair]] | None = None

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 # What says which model was measured, and when: numbers of unlike values here are what one wants to compare
-RUN_FIELDS = ("step", "weights_sha256", "images")
+RUN_FIELDS = ("step", "weights_sha256", "images", "nfe_spent")
 
 
 def count_name(count: int) -> str:

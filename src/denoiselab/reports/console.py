@@ -66,7 +66,8 @@ def _protocol_line(protocol: dict[str, Any]) -> str:
         kind = f"samples ({known['class_balance']})" if "class_balance" in known else "real images"
         parts.append(f"{known['count']:,} {kind}")
     if "sampler" in known:
-        cost = f"{known['nfe']:g} NFE" if "nfe" in known else "as many NFE as it needs"
+        spent = f"about {known['nfe_spent']:.1f} NFE" if "nfe_spent" in known else "as many NFE as it needs"
+        cost = f"{known['nfe']:g} NFE" if "nfe" in known else spent
         parts.append(f"{_class_name(known['sampler'])} {cost}")
     if "guidance" in known:
         guide, scale = _class_name(known["guidance"]), known["guidance"].get("scale")

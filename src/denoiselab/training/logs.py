@@ -76,30 +76,35 @@ def wandb_logger(
         tags: shown in the dashboard.
         notes: shown in the dashboard.
     """
-    import wandb
-
     if int(os.environ.get("RANK", 0)) != 0:  # Lightning's own idea of the rank is set later, by the strategy
         return [WandbLogger(save_dir=run_dir)]  # never asked for a run on other ranks
-    chosen: Any = os.environ.get("WANDB_MODE") or mode or ("online" if wandb.login(prompt=False) else "offline")
-    run = wandb.init(
-        dir=run_dir,
-        id=run_dir.name,
-        name=name,
-        project=project,
-        entity=entity,
-        mode=chosen,
-        tags=tags,
-        notes=notes,
-        job_type="train",
-        settings=wandb.Settings(
-            x_transaction_log_flush_interval=1.0,  # default 15 s: the rows that a killed job would lose
-            console="off",
-            silent=True,
-        ),
+    run = start_wandb(
+        run_dir, run_dir.name, "train", name=name, project=project, entity=entity, mode=mode, tags=tags, notes=notes
     )
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return [WandbLogger(experiment=run, save_dir=run_dir)]
+
+
+def start_wandb(folder: Path, id: str, job_type: str, *, mode: str | None = None, **how: Any) -> Any:  # noqa: A002
+    """A W&B run that says nothing on the terminal and loses a second of rows at most.
+
+    Args:
+        folder: where its files go.
+        id: of the W&B run.
+        job_type: "train", "frontier", …
+        mode: as in `wandb_logger`.
+        how: further arguments of `wandb.init`.
+    """
+    import wandb
+
+    chosen: Any = os.environ.get("WANDB_MODE") or mode or ("online" if wandb.login(prompt=False) else "offline")
+    settings = wandb.Settings(
+        x_transaction_log_flush_interval=1.0,  # default 15 s: the rows that a killed job would lose
+        console="off",
+        silent=True,
+    )
+    return wandb.init(dir=folder, id=id, job_type=job_type, mode=chosen, settings=settings, **how)
 
 
 def finish(trainer: lightning.Trainer, summary: dict[str, Any], failed: bool) -> None:

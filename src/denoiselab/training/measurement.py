@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from denoiselab.data.datamodule import ImageDataModule
+from denoiselab.evaluation.counting import Counting
 from denoiselab.evaluation.generate import balanced_labels, drawing
 from denoiselab.evaluation.metrics import PAIRS, Measured, Metrics
 from denoiselab.evaluation.pictures import image_grid
@@ -93,8 +94,10 @@ class Measurement(Callback):
         assert isinstance(data, ImageDataModule)
         labels = balanced_labels(count, data.num_classes)
         with module.denoiser(weights) as denoiser:
+            nfe = module.sampler.plan(denoiser)[1]
+            counting = Counting(denoiser) if nfe is None else None
             source = drawing(
-                denoiser,
+                counting or denoiser,
                 module.sampler,
                 labels=labels,
                 shape=module.shape,
@@ -109,8 +112,10 @@ class Measurement(Callback):
                 weights_sha256=digest(module.network.state_dict()),
                 step=trainer.global_step,
                 seed=seed,
-                nfe=module.sampler.plan(denoiser)[1],
+                nfe=nfe,
             )
             asked = torch.full((count,), -1) if labels is None else labels
             with self.progress(count, "images measured") as advance:
-                return self.metrics.measure(source, asked, data, protocol, counts=counts, advance=advance)
+                return self.metrics.measure(
+                    source, asked, data, protocol, counts=counts, advance=advance, counting=counting
+                )
