@@ -191,6 +191,16 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift():
     assert kernel_distance(a, b, **settings) != kernel_distance(a, b, **(settings | {"seed": 1}))
 
 
+@pytest.mark.parametrize("size", [60, 150])
+def test_kernel_distance_is_torch_fidelitys(size):
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    a, b = (torch.randn(n, 16, generator=generator(n), dtype=torch.float64).relu() for n in (200, 150))
+    theirs = kid_features_to_metric(a, b, kid_subsets=7, kid_subset_size=size, rng_seed=3, verbose=False)
+    ours = kernel_distance(a, b, subsets=7, subset_size=size, seed=3)
+    assert ours == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+
+
 def test_inception_score_of_sure_balanced_logits_is_the_number_of_classes():
     sure = 100 * torch.eye(4).repeat(50, 1)
     assert inception_score(sure, splits=1, seed=0) == pytest.approx((4, 0))

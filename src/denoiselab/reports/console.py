@@ -33,12 +33,12 @@ def numbers_table(numbers: Sequence[Number]) -> Table:
     table.add_column("real", justify="right")
     table.add_column("protocol", style="dim", no_wrap=True)
     for number in numbers:
-        digits = decimals([number.value])
+        digits = min(5, decimals([number.value]))
         cells = [f"{number.value:.{digits}f}"]
         if intervals:
             cells.append("–" if number.interval is None else show_interval(number.interval, max(0, digits - 1)))
         floor = number.floor
-        cells.append("–" if floor is None else f"{floor:.{decimals([floor])}f}")
+        cells.append("–" if floor is None else f"{floor:.{min(5, decimals([floor]))}f}")
         table.add_row(number.name, *cells, protocol_id(number.protocol))
     return table
 
