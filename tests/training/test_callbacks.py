@@ -152,7 +152,7 @@ def test_progress_is_told(tmp_path):
         yield told.append
 
     fit(tiny_module(), tmp_path, callbacks=[Measurement(metrics=CountingMetrics(None), progress=progress)])
-    assert told == [(7, "images measured"), 7]
+    assert told == [(7, "images"), 7]
 
 
 def test_numbers_are_logged_beside_their_floors(tmp_path):

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from denoiselab.app.trained import choose_device
@@ -23,9 +25,8 @@ from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.launch import launch, launched_from_outside
 from denoiselab.training.trainer import free_cores
 
-PATIENCE = timedelta(
-    days=7
-)  # ranks wait for each other as long as the work takes: what ends a failed job is its launcher
+MEETING = timedelta(minutes=10)  # all ranks must be there by then
+PATIENCE = timedelta(days=7)  # later they wait as long as the work takes: who ends a failed job is its launcher
 ECHO_SECONDS = 5.0
 
 
@@ -83,7 +84,8 @@ def run_processes(
 
     Raises:
         ConfigError: if there are not so many devices.
-        RankError: if a process fails; the message names the rank and the first cause, and all others have been ended.
+        RankError: if a process fails, or a signal stops them; the message names the rank and the first cause, and by then
+            the others have been ended.
     """
     count, kind = choose_devices(devices, device), choose_device(device).type
     if launched_from_outside():
@@ -101,7 +103,10 @@ def run_processes(
         return function(*arguments, *ready)
     with tempfile.TemporaryDirectory() as folder, _quiet_agent():
         result = Path(folder) / "result"
-        launch(_child, (function, arguments, kind, threads, str(result)), count)
+        try:
+            launch(_child, (function, arguments, kind, threads, str(result)), count)
+        except SignalException as error:
+            raise RankError(f"stopped by {error.sigval.name}") from error
         return pickle.loads(result.read_bytes())  # written by our own child
 
 
@@ -109,6 +114,7 @@ def run_processes(
 def _child(function: Callable[..., Any], arguments: tuple[Any, ...], kind: str, threads: int, result: str) -> None:
     """What a process that was started for this does."""
     value = _in_group(function, arguments, kind, threads)
+    dist.destroy_process_group()
     if os.environ["RANK"] == "0":
         Path(result).write_bytes(pickle.dumps(value))
 
@@ -118,7 +124,10 @@ def _in_group(function: Callable[..., Any], arguments: tuple[Any, ...], kind: st
     torch.set_num_threads(threads)
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+    if not dist.is_initialized():  # a launcher's processes meet once, also for the several jobs of a multirun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=MEETING)
+        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # as older torch has it
+        set_timeout(PATIENCE)
     try:
         value = function(*arguments)
         dist.all_reduce(torch.zeros(1))  # rank 0 speaks for all: it may not be done before they are
@@ -126,9 +135,7 @@ def _in_group(function: Callable[..., Any], arguments: tuple[Any, ...], kind: st
         if _is_echo(error):
             time.sleep(ECHO_SECONDS)  # the launcher will end us meanwhile, for the sake of the rank that began it
         raise  # and leave the group as it is: to leave it in good order, one would wait for the others
-    rank = dist.get_rank()
-    dist.destroy_process_group()
-    return value if rank == 0 else None
+    return value if dist.get_rank() == 0 else None
 
 
 def _is_echo(error: Exception) -> bool:

@@ -28,7 +28,7 @@ from denoiselab.evaluation.writing import (
     write_pngs,
 )
 from denoiselab.reports.console import print_results, progress, sampler_line
-from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.folder import prepare_folder, write_json
 from denoiselab.runs.launch import launched_from_outside
 from denoiselab.training.checkpoint import FOLDER
@@ -60,7 +60,7 @@ def sample(options: dict[str, Any], choices: dict[str, str], overrides: list[str
 
     Raises:
         ConfigError: if the run or an option is wrong; nothing is written then.
-        RankError: if one of several processes failed.
+        RankError: if one of several processes failed, or a file cannot be written.
     """
     check_keys(options, SAMPLE_KEYS)
     devices = choose_devices(options["devices"], options["device"])
@@ -77,7 +77,10 @@ def sample(options: dict[str, Any], choices: dict[str, str], overrides: list[str
         reason = str(error)
         raise ConfigError(reason if reason.startswith("output=") else f"output={output}: {reason}") from error
     arguments = (options, output, protocol)
-    drawn = run_processes(draw_samples, arguments, options["devices"], options["device"], ready=(trained,))
+    try:
+        drawn = run_processes(draw_samples, arguments, options["devices"], options["device"], ready=(trained,))
+    except OSError as error:  # a full disk
+        raise RankError(f"output={output}: {error}") from error
     if drawn is None:  # rank 0 tells
         return
     count, (fresh, seconds) = options["num_samples"], drawn

@@ -115,7 +115,7 @@ class Measurement(Callback):
                 nfe=nfe,
             )
             asked = torch.full((count,), -1) if labels is None else labels
-            with self.progress(count, "images measured") as advance:
+            with self.progress(count, "images") as advance:
                 return self.metrics.measure(
                     source, asked, data, protocol, counts=counts, advance=advance, counting=counting
                 )
