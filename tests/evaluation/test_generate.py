@@ -12,7 +12,7 @@ from denoiselab.diffusion.grids import Uniform
 from denoiselab.diffusion.paths import Cosine
 from denoiselab.diffusion.prediction import V
 from denoiselab.diffusion.samplers import DDPM, Heun
-from denoiselab.evaluation.generate import balanced_labels, generate, held
+from denoiselab.evaluation.generate import balanced_labels, generate
 
 SHAPE = (1, 8, 8)
 CLASSES = 3
@@ -162,10 +162,3 @@ def test_balanced_labels():
 def test_classes_that_the_data_does_not_have(num_classes, classes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         balanced_labels(4, num_classes, classes)
-
-
-def test_held_images_are_taken_by_their_numbers():
-    images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1)
-    taken = list(held(images, 2)([5, 0, 3]))
-    assert [numbers.tolist() for numbers, _ in taken] == [[5, 0], [3]]
-    assert [batch.flatten().tolist() for _, batch in taken] == [[5, 0], [3]]

@@ -11,7 +11,6 @@ from hydra.utils import instantiate
 
 from denoiselab.evaluation.distances import frechet_distance, statistics
 from denoiselab.evaluation.extractors import DigitsExtractor, InceptionExtractor
-from denoiselab.evaluation.generate import held
 from denoiselab.evaluation.measures import (
     Adherence,
     Frechet,
@@ -25,6 +24,11 @@ from denoiselab.evaluation.metrics import Metrics, class_balance, matching
 from denoiselab.evaluation.records import protocol_id
 
 CONF = Path(__file__).parents[2] / "conf"
+
+
+def held(images, batch_size):
+    """A source of images that are in memory."""
+    return lambda numbers: ((index, images[index]) for index in torch.as_tensor(numbers).split(batch_size))
 
 
 def digits_metrics(counts, *measures, **more):

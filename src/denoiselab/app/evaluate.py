@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from denoiselab.app.build import check_metrics
 from denoiselab.app.nodes import check_keys, make
@@ -21,9 +22,9 @@ from denoiselab.data.datamodule import ImageDataModule
 from denoiselab.diffusion.noise import hash64
 from denoiselab.evaluation.collect import ranks
 from denoiselab.evaluation.counting import Counting
-from denoiselab.evaluation.generate import balanced_labels, drawing, held
+from denoiselab.evaluation.generate import Source, balanced_labels, drawing
 from denoiselab.evaluation.metrics import PAIRS, Measured, Metrics
-from denoiselab.evaluation.pictures import image_grid, read_images
+from denoiselab.evaluation.pictures import image_grid, stored_images
 from denoiselab.evaluation.records import sampling_protocol
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
 from denoiselab.runs.errors import ConfigError
@@ -74,33 +75,71 @@ def _check(config: dict[str, Any], metrics: Metrics, data: ImageDataModule) -> N
     check_metrics(config, metrics, data)
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Images to be measured, with what they are measured by."""
+
+    metrics: Metrics
+    data: ImageDataModule
+    source: Source
+    labels: Tensor
+
+
 def _evaluate_images(options: dict[str, Any]) -> None:
     for group in ("datamodule", "metrics"):
         if options.get(group) is None:
             raise ConfigError(f"{group}=null: images are compared with data; name one, for example {group}=digits")
     if options["counts"] is not None:
         options["metrics"] = options["metrics"] | {"counts": options["counts"]}
+    devices = choose_devices(options["devices"], options["device"])
+    stored = _stored(options)
+    output = None if options["output"] is None else Path(options["output"])
+    if output is not None:
+        _prepare(output.parent)
+    measured = run_processes(_measure_images, (options,), options["devices"], options["device"], ready=(stored,))
+    if measured is None:  # rank 0 tells
+        return
+    facts: dict[str, Any] = {
+        "images": f"{len(stored.labels):,} from {options['images']}",
+        "time": f"{time_line(measured.seconds)}; processes: {devices}",
+    }
+    if output is not None:
+        _write(output, measured)
+        facts["output"] = output
+    print_results(Console(), facts, measured.numbers)
+
+
+def _stored(options: dict[str, Any]) -> Stored:
+    """The images, checked for what is to be measured."""
     data, metrics = make(options, "datamodule"), make(options, "metrics")
     _check(options, metrics, data)
     if not metrics.extractors:
         raise ConfigError("metrics=bits_per_dim: is of a run; images are measured with metrics=digits or metrics=fid")
     try:
-        images, labels = read_images(Path(options["images"]), data.channels)
-        if tuple(images.shape[2:]) != data.size:
-            raise ValueError(f"images={options['images']}: are {tuple(images.shape[2:])}, the data is {data.size}")
-        for extractor in metrics.extractors.values():
-            extractor.to(choose_device(options["device"]))
-        source = held(images, options["batch_size"])
-        measured = metrics.measure(source, labels, data, {"images": options["images"]})
+        source, labels = stored_images(Path(options["images"]), data.channels, batch_size=options["batch_size"])
+        size = tuple(next(source([0]))[1].shape[2:])
+        if size != data.size:
+            raise ValueError(f"images={options['images']}: are {size}, the data is {data.size}")
+        if len(labels) < metrics.num_samples:
+            given = f"metrics.counts={metrics.counts}"
+            raise ValueError(f"{given}: must be at most {len(labels)}, the number of images; give others with counts=")
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    facts = {"images": f"{len(images)} from {options['images']}", "time": time_line(measured.seconds)}
-    if options["output"] is not None:
-        output = Path(options["output"])
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _write(output, measured)
-        facts["output"] = str(output)
-    print_results(Console(), facts, measured.numbers)
+    return Stored(metrics, data, source, labels)
+
+
+def _measure_images(options: dict[str, Any], stored: Stored | None = None) -> Measured:
+    """What the processes do together; None reads the images."""
+    stored = stored or _stored(options)
+    metrics = stored.metrics
+    for extractor in metrics.extractors.values():
+        extractor.to(choose_device(options["device"]))
+    with progress(metrics.num_samples, "images") as advance:
+        protocol = {"images": options["images"]}
+        try:
+            return metrics.measure(stored.source, stored.labels, stored.data, protocol, advance=advance)
+        except ValueError as error:  # a damaged file
+            raise ConfigError(str(error)) from error
 
 
 def _evaluate_run(options: dict[str, Any]) -> None:
@@ -110,10 +149,7 @@ def _evaluate_run(options: dict[str, Any]) -> None:
     options = options | {"run": None, "checkpoint": str(trained.checkpoint)}  # the newest one may be another, later
     parts, metrics = trained.parts, trained.parts.metrics
     folder = run_folder(trained.checkpoint) / "evaluations"
-    try:
-        prepare_folder(Path(options["output"]).parent if options["output"] else folder)
-    except ValueError as error:
-        raise ConfigError(f"output: {error}") from error
+    _prepare(Path(options["output"]).parent if options["output"] else folder)
     protocol = _protocol(trained)
     wanted = {name: extractor.hash for name, extractor in metrics.extractors.items()}
     wanted |= {"metrics": trained.config["metrics"], "data": parts.data.fingerprint("train")}
@@ -138,6 +174,13 @@ def _evaluate_run(options: dict[str, Any]) -> None:
         image_grid(measured.images, PAIRS).save(facts["closest"])
     shutil.rmtree(shards, ignore_errors=True)  # numbers are written: the features behind them have served
     print_results(Console(), facts, measured.numbers)
+
+
+def _prepare(folder: Path) -> None:
+    try:
+        prepare_folder(folder)
+    except ValueError as error:
+        raise ConfigError(f"output: {error}") from error
 
 
 def _load(options: dict[str, Any]) -> Trained:

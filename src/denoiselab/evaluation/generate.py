@@ -99,13 +99,3 @@ def generate(
         denoiser, sampler, labels=labels, shape=shape, codec=codec, seed=seed, batch_size=batch_size, device=device
     )
     return torch.cat([images.cpu() for _, images in source(indices)])
-
-
-def held(images: UInt8[Tensor, "N C H W"], batch_size: int) -> Source:
-    """A source of images that are in memory."""
-
-    def take(numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        for index in torch.as_tensor(numbers).split(batch_size):
-            yield index, images[index]
-
-    return take
