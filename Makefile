@@ -47,7 +47,7 @@ convert: $(INSTALLED)  ## weights from and for elsewhere; ARGS="run=<run> to=dif
 	$(BIN)/python scripts/convert.py $(ARGS)
 
 test: check  ## check, then the default tests with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report=term:skip-covered $(ARGS)
 
 test-slow: $(INSTALLED)  ## the longer tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -13,6 +13,8 @@ SMALL = {
     "train": "trainer.max_steps=2 trainer.val_every=2 callbacks.monitor.every=1 callbacks.pictures.rows=1 metrics.counts=[20]",
     "sample": "",
     "evaluate": "metrics.counts=[20]",
+    "compare": "",
+    "frontier": "samplers=[ddim] nfe=[1,2] scales=[1] count=20 logger=none",
     "certify": "samplers=[heun] paths=[cosine] processes=1",
     "convert": "",
 }

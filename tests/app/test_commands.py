@@ -63,7 +63,7 @@ def test_a_run_is_made_in_the_working_folder(trained, tiny_run):
     assert str(tiny_run) in done.out
     assert "images/s" in done.out
     assert "fd_digits_20" in done.out
-    assert "real test images" in done.out
+    assert "protocol: 20 samples" in done.out
     assert done.err == ""
 
 
@@ -76,7 +76,11 @@ def test_a_run_holds_all_that_is_needed_to_know_what_ran(tiny_run):
         "summary.json",
     }
     assert [path.name for path in (tiny_run / "checkpoints").iterdir()] == ["step_0000004.ckpt"]
-    assert files_below(tiny_run / "samples") == ["step_0000004_ema.png", "step_0000004_raw.png"]
+    assert files_below(tiny_run / "samples") == [
+        "step_0000004_ema.png",
+        "step_0000004_ema_closest.png",
+        "step_0000004_raw.png",
+    ]
     assert len(list(tiny_run.glob("wandb/offline-run-*"))) == 1
     log = (tiny_run / "train.log").read_text()
     assert "INFO denoiselab: " in log

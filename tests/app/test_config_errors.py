@@ -116,7 +116,7 @@ TRAIN = {
         ("datamodule.batch_size=10 trainer.accumulate=4", ["datamodule.batch_size=10", "divisible", "4"]),
         ("sampler.steps=5", ["nfe=20", "steps=5", "either"]),
         ("sampler.nfe=null", ["sampler.nfe=null", "either nfe or steps"]),
-        ("metrics=digits metrics.counts=[]", ["metrics.counts=[]", "at least one"]),
+        ("metrics=digits metrics.counts=[]", ["metrics.counts=[]", "one or more"]),
         ("datamodule=image_folder", ["datamodule.root=null", "folder"]),
         ("init_from=missing", ["init_from=missing", "no such"]),
     ],
@@ -225,7 +225,7 @@ def test_sample(typed, words, tmp_path, tiny_run):
     [
         ("images=missing", ["datamodule=null", "datamodule=digits"]),
         ("images=missing datamodule=digits", ["metrics=null", "metrics=digits"]),
-        ("images=missing datamodule=digits metrics=digits", ["images=missing", "no folder with PNG files"]),
+        ("images=missing datamodule=digits metrics=digits", ["images=missing", "no folder with npz or PNG files"]),
         ("images=missing datamodule=digits metrics=none", ["metrics=none", "metrics=digits"]),
         ("images=missing datamodule=digits metrics=digits metrics.counts=[x]", ["metrics.counts=['x']", "a list of"]),
     ],

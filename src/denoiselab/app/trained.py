@@ -61,13 +61,12 @@ def load_trained(options: dict[str, Any], replace: tuple[str, ...], *, counts: l
         state = network_weights(loaded, weights)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    chosen = {group: options[group] for group in replace if options.get(group) is not None}
     config = loaded["config"]
-    check_targets({key: value for key, value in config.items() if key not in chosen}, options["trust"])
+    check_targets(config, options["trust"])
     for group in ("datamodule", "backbone", "objective", "sampler", "guidance", "metrics", "codec"):
         if not isinstance(config.get(group), dict) or "_target_" not in config[group]:
             raise ConfigError(f"checkpoint={path}: its config has no {group}; it is not a run's")
-    config = config | chosen
+    config = config | {group: options[group] for group in replace if options.get(group) is not None}
     if options["nfe"] is not None and options["steps"] is not None:
         raise ConfigError(f"nfe={options['nfe']}: give either nfe or steps (steps={options['steps']})")
     if options["nfe"] is not None or options["steps"] is not None:
