@@ -67,3 +67,24 @@ def test_only_training_flips():
     module = digits(flip=True)
     assert module.train_set().flip
     assert not module.test_set().flip
+
+
+def test_a_part_of_the_training_images_is_balanced_and_nested():
+    whole = digits()
+    assert digits(train_size=1297).fingerprint("train") == whole.fingerprint("train")
+    parts = [digits(train_size=size) for size in (3, 25, 300)]
+    sets = [{bytes(image.numpy().tobytes()) for image in part.train_set().images} for part in (*parts, whole)]
+    assert [len(images) for images in sets] == [3, 25, 300, 1297]
+    assert sets[0] < sets[1] < sets[2] < sets[3]
+    assert parts[0].train_set().labels.sort().values.tolist() == [0, 1, 2]
+    assert parts[1].train_set().labels.bincount().tolist() == [3] * 5 + [2] * 5
+    assert parts[2].train_set().labels.bincount().tolist() == [30] * 10
+    assert len({part.fingerprint("train") for part in (*parts, whole)}) == 4
+    assert {part.fingerprint("test") for part in parts} == {whole.fingerprint("test")}
+    assert digits(train_size=25, num_classes=0).train_set().label(0) == -1
+
+
+@pytest.mark.parametrize("size", [0, -1, 1298])
+def test_the_size_of_the_training_set_is_checked(size):
+    with pytest.raises(ValueError, match=f"^train_size={size}: must be from 1 to 1297, or null for all$"):
+        digits(train_size=size)

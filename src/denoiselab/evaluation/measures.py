@@ -17,7 +17,7 @@ from denoiselab.evaluation.distances import (
     statistics,
 )
 from denoiselab.evaluation.extrapolation import extrapolate, smallest_subset
-from denoiselab.evaluation.intervals import mean_interval, student, wilson
+from denoiselab.evaluation.intervals import mean_interval, quantile, wilson
 from denoiselab.evaluation.neighbours import TwoNearest, density_coverage, precision_recall, two_nearest
 from denoiselab.evaluation.records import base_name
 
@@ -185,7 +185,7 @@ class InceptionScore(Measure):
         value, spread = inception_score(images.logits, splits=self.splits, seed=self.seed)
         interval = None
         if self.splits > 1:
-            half = student(self.splits - 1) * spread / math.sqrt(self.splits - 1)
+            half = quantile(self.splits - 1) * spread / math.sqrt(self.splits - 1)
             interval = value - half, value + half
         return {base_name("is", label): Value(value, interval)}
 

@@ -1,0 +1,1 @@
+"""Studies: predictions that introductory texts on diffusion make, measured on a trained run and on exact densities."""
