@@ -17,6 +17,9 @@ SMALL = {
     "frontier": "samplers=[ddim] nfe=[1,2] scales=[1] count=20 logger=none",
     "certify": "samplers=[heun] paths=[cosine] processes=1",
     "convert": "",
+    "study=frequency": "study.steps=[2,4] study.side=8 study.images=20 sampler@study.reference=heun_t",
+    "study=guidance": "study.scales=[1.0,3.0] study.images=200 study.points=60",
+    "study=copying": "study.sizes=[2,12] study.steps=1 study.images=20 study.points=20",
 }
 
 
@@ -46,7 +49,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
     assert sum("scripts/" in line for line in lines) >= 8
     for line in sorted(filter(as_python, lines), key=lambda line: "make train" not in line):
         script, arguments = as_python(line)
-        small = shlex.split(SMALL[script])
+        small = shlex.split(SMALL[arguments[0] if script == "study" else script])
         if script == "evaluate" and not any(a.startswith("metrics=") for a in arguments):
             small = []  # the run's own metrics, small already
         if script == "train" and "--cfg" in arguments:
@@ -59,7 +62,11 @@ def test_every_command_of_the_readme_runs(tmp_path):
     assert (tmp_path / "docs" / "digits.png").is_file()
     assert (tmp_path / "samples.npz").is_file()
     assert (tmp_path / "threes.png").is_file()
-    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 5
+    assert len(list((tmp_path / "drawn").glob("*.npz"))) == 2
+    assert all(
+        (tmp_path / "docs" / "studies" / name / "README.md").is_file() for name in ("frequency", "guidance", "copying")
+    )
+    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 7
 
 
 def test_the_table_of_groups_names_every_choice():
