@@ -10,6 +10,7 @@ import zipfile
 from typing import ClassVar
 
 import numpy as np
+import torch
 from PIL import Image
 
 
@@ -106,3 +107,8 @@ def write_autoencoder(folder):
     shape = {"block_out_channels": [4, 8], "layers_per_block": 1, "norm_num_groups": 2, "sample_size": 8}
     AutoencoderKL(**blocks, **shape).save_pretrained(folder)
     return folder
+
+
+def held(images, batch_size):
+    """A source of images (see `evaluation.generate.Source`) that are in memory."""
+    return lambda numbers: ((index, images[index]) for index in torch.as_tensor(numbers).split(batch_size))

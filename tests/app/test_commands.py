@@ -301,6 +301,31 @@ def test_measuring_with_other_weights_sampler_and_count(tiny_run, tmp_path):
     assert protocol["sampler"]["_target_"].endswith(".Euler")
 
 
+def test_stored_images_carry_how_they_were_drawn(tiny_run, tmp_path):
+    call("sample", f"run={tiny_run}", "num_samples=20", "output=drawn", "format=npz", cwd=tmp_path)
+    groups = ["datamodule=digits", "metrics=digits", "counts=[20]", "images=drawn", "output=x.json"]
+    done = call("evaluate", *groups, cwd=tmp_path)
+    assert done.code == 0, done.err
+    theirs = {n["name"]: n for n in map(json.loads, (tiny_run / "metrics.jsonl").read_text().splitlines())}
+    for name, found in numbers_of(tmp_path / "x.json").items():
+        assert found["protocol_id"] == theirs[name]["protocol_id"]
+        assert found["value"] == pytest.approx(theirs[name]["value"], rel=1e-4)
+        assert len(found["protocol"]["images_sha256"]) == 64
+
+
+def test_labels_that_the_data_does_not_have_are_refused(tmp_path):
+    np.savez(tmp_path / "x.npz", images=np.zeros((20, 8, 8, 1), np.uint8), labels=np.full(20, 77))
+    done = call("evaluate", "datamodule=digits", "metrics=digits", "counts=[20]", "images=x.npz", cwd=tmp_path)
+    assert (done.code, done.err) == (2, "config error: images=x.npz: labels must be from 0 to 9, or -1, not 77\n")
+
+
+def test_a_part_of_the_metrics_is_no_metrics(tiny_run, tmp_path):
+    joined = "+metrics/extractor@metrics.extractors.mine=digits"
+    done = call("evaluate", f"run={tiny_run}", joined, cwd=tmp_path)
+    assert done.code == 2
+    assert done.err == "config error: metrics: only a part of it is given; name the whole with metrics=<choice>\n"
+
+
 def test_a_measurement_stays_in_the_run_folder(tiny_run, tmp_path):
     before = files_below(tiny_run)
     call("evaluate", f"run={tiny_run}", cwd=tmp_path)

@@ -106,7 +106,7 @@ def test_a_folder_of_other_samples_is_refused(tiny_run, tmp_path):
     here = [*FEW, "format=npz", "shard=20", "output=drawn"]
     assert "seed is 0 there, here it is 1; give another folder" in refused(tiny_run, tmp_path, *here, "seed=1")
     assert 'weights is "ema" there, here it is "raw"' in refused(tiny_run, tmp_path, *here, "weights=raw")
-    assert "sampler.nfe is 8 there, here it is 9" in refused(tiny_run, tmp_path, *here, "nfe=9")
+    assert "sampler.nfe is 8 there, here it is 16" in refused(tiny_run, tmp_path, *here, "nfe=16")
     assert "num_samples is 53 there, here it is 54" in refused(tiny_run, tmp_path, *here, "num_samples=54")
     assert "shard is 20 there, here it is 10" in refused(tiny_run, tmp_path, *here, "shard=10")
     assert 'format is "npz" there, here it is "png"' in refused(tiny_run, tmp_path, *here, "format=png")

@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
+import denoiselab.evaluation.reference as reference_module
 from denoiselab.evaluation.distances import frechet_distance, statistics
 from denoiselab.evaluation.extractors import DigitsExtractor, InceptionExtractor
 from denoiselab.evaluation.measures import (
@@ -22,13 +23,9 @@ from denoiselab.evaluation.measures import (
 )
 from denoiselab.evaluation.metrics import Metrics, class_balance, matching
 from denoiselab.evaluation.records import protocol_id
+from stand_ins import held
 
 CONF = Path(__file__).parents[2] / "conf"
-
-
-def held(images, batch_size):
-    """A source of images that are in memory."""
-    return lambda numbers: ((index, images[index]) for index in torch.as_tensor(numbers).split(batch_size))
 
 
 def digits_metrics(counts, *measures, **more):
@@ -128,8 +125,41 @@ def test_published_statistics_stand_in_for_the_training_images(digits, tmp_path)
     metrics.check(channels=1, resolution=8, num_classes=10)
     values = numbers(metrics, test.images[:100], test.labels[:100], digits)
     assert values["fd_digits_100"].value == pytest.approx(0, abs=1e-6)
-    assert values["fd_digits_100"].protocol["reference"] == "stats.npz"
+    protocol = values["fd_digits_100"].protocol
+    assert (protocol["reference"], protocol["reference_file"]) == ("published", "stats.npz")
+    (tmp_path / "stats.npz").rename(tmp_path / "renamed.npz")
+    renamed = digits_metrics([100], references={"digits": str(tmp_path / "renamed.npz")})
+    again = numbers(renamed, test.images[:100], test.labels[:100], digits)["fd_digits_100"].protocol
+    assert protocol_id(again) == protocol_id(protocol)
     assert values["nearest_digits_100"].protocol["reference"] == "train"  # neighbours need images
+    assert values["nearest_digits_100"].protocol["reference_sample"] == 1297
+
+
+def test_spatial_statistics_are_checked_before_anything_is_trained(inception_file, tmp_path):
+    def metrics(**spatial):
+        np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048), **spatial)
+        extractor = InceptionExtractor(weights=str(inception_file), allow_other_weights=True, spatial=True)
+        return Metrics(
+            extractors={"inception": extractor},
+            measures={"spatial_frechet": SpatialFrechet()},
+            counts=[8],
+            references={"inception": str(tmp_path / "stats.npz")},
+        )
+
+    with pytest.raises(ValueError, match="has no mu_s and sigma_s; leave spatial_frechet out"):
+        metrics().check(channels=3, resolution=8, num_classes=0)
+    with pytest.raises(ValueError, match="has 7 spatial features, the extractor 2023"):
+        metrics(mu_s=np.zeros(7), sigma_s=np.eye(7)).check(channels=3, resolution=8, num_classes=0)
+
+
+def test_neighbours_of_a_part_of_the_training_images_are_no_claim_about_copies(digits, monkeypatch):
+    monkeypatch.setattr(reference_module, "LIMIT", 100)
+    test = digits.test_set()
+    metrics = digits_metrics([50], PrecisionRecall(), Memorisation())
+    found = numbers(metrics, test.images, test.labels, digits)
+    assert set(found) == {"precision_digits_50", "recall_digits_50"}
+    protocol = found["recall_digits_50"].protocol
+    assert (protocol["reference_count"], protocol["reference_sample"]) == (1297, 100)
 
 
 def test_the_real_test_split_scores_its_own_floor(digits):
@@ -159,8 +189,10 @@ def test_the_real_test_split_scores_its_own_floor(digits):
         "reference": "train",
         "reference_hash": digits.fingerprint("train"),
         "reference_count": 1297,
+        "reference_sample": None,
         "floor": "test",
         "floor_hash": digits.fingerprint("test"),
+        "floor_seed": 0,
         "measure": {"name": "Frechet"},
     }
     assert found["accuracy_digits_500"].protocol["count"] == 500

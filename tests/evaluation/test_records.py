@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from denoiselab.evaluation.records import Number, base_name, count_name, protocol_id
+from denoiselab.evaluation.records import Number, base_name, count_name, protocol_id, sampling_protocol
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,19 @@ def test_the_id_of_a_protocol_is_about_how_and_not_about_which_model():
     assert protocol_id(protocol) != protocol_id(protocol | {"sampler": {"nfe": 50}})
     assert protocol_id(protocol) != protocol_id(protocol | {"count": 501})
     assert len(protocol_id(protocol)) == 8
+
+
+def test_a_budget_and_the_steps_that_it_buys_are_one_protocol():
+    def protocol(nfe, steps, spent):
+        config = {"sampler": {"_target_": "Heun", "nfe": nfe, "steps": steps}, "guidance": {}}
+        return sampling_protocol(config, weights="ema", weights_sha256="a", step=1, seed=0, nfe=spent)
+
+    assert protocol(20, None, 19) == protocol(None, 10, 19)
+    assert protocol(20, None, 19) != protocol(None, 11, 21)
+    adaptive = {"sampler": {"rtol": 0.1}, "guidance": {}}
+    assert sampling_protocol(adaptive, weights="ema", weights_sha256="a", step=1, seed=0, nfe=None)["sampler"] == {
+        "rtol": 0.1
+    }
 
 
 WHOLE = {"name": "x", "value": 1.0, "floor": None, "protocol": {}, "interval": None, "jackknife": None}

@@ -132,7 +132,7 @@ def test_published_statistics(tmp_path):
     assert found.moments.covariance.dtype == np.float64
     assert found.spatial is None
     assert found.sample is None
-    assert found.facts["reference"] == "edm.npz"
+    assert (found.facts["reference"], found.facts["reference_file"]) == ("published", "edm.npz")
     assert found.facts["reference_hash"] == hashlib.sha256(path.read_bytes()).hexdigest()
     adm = gaussian_file(
         tmp_path / "adm.npz", mu_s=np.ones(7), sigma_s=np.eye(7), arr_0=np.zeros((2, 4, 4, 3), np.uint8)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from denoiselab.evaluation.records import Number, protocol_id
-from denoiselab.reports.console import decimals, print_results, protocol_lines
+from denoiselab.reports.console import decimals, print_results, protocol_lines, time_line
 from stand_in_runs import number
 
 
@@ -103,3 +103,17 @@ def test_guidance_and_adaptive_solvers_are_told():
     guided = {"_target_": "lab.guidance.CFG", "scale": 2.5}
     (line,) = protocol_lines([number("fid_2k", 1.0, protocol={"guidance": guided, "nfe": None})])
     assert "HeunT as many NFE as it needs, CFG at scale 2.5, ema weights" in line
+
+
+def test_numbers_of_two_kinds_of_weights_are_two_tables():
+    numbers = [number("fd_digits_2k", 0.25), number("fd_digits_2k", 0.75, protocol={"weights": "raw"})]
+    lines = printed({"run": "x"}, numbers)
+    rows = [line.split()[:2] for line in lines if line.strip().startswith("fd_digits_2k")]
+    assert rows == [["fd_digits_2k", "0.2500"], ["fd_digits_2k", "0.7500"]]
+    assert sum("raw weights" in line for line in lines) == 1
+
+
+def test_the_time_of_a_measurement():
+    seconds = {"reference": 1.0, "statistics": 5.0, "features": 5.0, "network": 90.0}
+    assert time_line(seconds) == "network 90.0 s, features 5.0 s, statistics 5.0 s (5.0%), reference 1.0 s"
+    assert time_line({}) == ""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from denoiselab.app.build import check_metrics
 from denoiselab.app.nodes import check_keys, make
-from denoiselab.app.processes import choose_devices, run_processes
+from denoiselab.app.processes import agree, choose_devices, run_processes
 from denoiselab.app.sample import SAMPLE_KEYS, run_folder
 from denoiselab.app.trained import Trained, choose_device, load_trained
 from denoiselab.codecs.rgb import RGB
@@ -24,7 +24,7 @@ from denoiselab.evaluation.collect import ranks
 from denoiselab.evaluation.counting import Counting
 from denoiselab.evaluation.generate import Source, balanced_labels, drawing
 from denoiselab.evaluation.metrics import PAIRS, Measured, Metrics
-from denoiselab.evaluation.pictures import image_grid, stored_images
+from denoiselab.evaluation.pictures import image_grid, stored_images, stored_protocol
 from denoiselab.evaluation.records import sampling_protocol
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
 from denoiselab.runs.errors import ConfigError
@@ -120,6 +120,9 @@ def _stored(options: dict[str, Any]) -> Stored:
         size = tuple(next(source([0]))[1].shape[2:])
         if size != data.size:
             raise ValueError(f"images={options['images']}: are {size}, the data is {data.size}")
+        if int(labels.max()) >= max(data.num_classes, 1):
+            allowed = f"from 0 to {data.num_classes - 1}, or -1" if data.num_classes else "-1: the data has no classes"
+            raise ValueError(f"images={options['images']}: labels must be {allowed}, not {int(labels.max())}")
         if len(labels) < metrics.num_samples:
             given = f"metrics.counts={metrics.counts}"
             raise ValueError(f"{given}: must be at most {len(labels)}, the number of images; give others with counts=")
@@ -135,7 +138,7 @@ def _measure_images(options: dict[str, Any], stored: Stored | None = None) -> Me
     for extractor in metrics.extractors.values():
         extractor.to(choose_device(options["device"]))
     with progress(metrics.num_samples, "images") as advance:
-        protocol = {"images": options["images"]}
+        protocol = {"images": options["images"], **stored_protocol(Path(options["images"]))}
         try:
             return metrics.measure(stored.source, stored.labels, stored.data, protocol, advance=advance)
         except ValueError as error:  # a damaged file
@@ -151,8 +154,9 @@ def _evaluate_run(options: dict[str, Any]) -> None:
     folder = run_folder(trained.checkpoint) / "evaluations"
     _prepare(Path(options["output"]).parent if options["output"] else folder)
     protocol = _protocol(trained)
-    wanted = {name: extractor.hash for name, extractor in metrics.extractors.items()}
-    wanted |= {"metrics": trained.config["metrics"], "data": parts.data.fingerprint("train")}
+    wanted: dict[str, Any] = {name: extractor.hash for name, extractor in metrics.extractors.items()}
+    wanted |= {key: trained.config[key] for key in ("metrics", "objective", "codec", "backbone")}
+    wanted |= {split: parts.data.fingerprint(split) for split in ("train", "test")}
     key = f"{hash64(json.dumps([protocol, wanted], sort_keys=True)):016x}"[:8]
     shards = folder / f".features_{key}"
     arguments = (options, str(shards))
@@ -206,6 +210,7 @@ def _protocol(trained: Trained) -> dict[str, Any]:
 def _measure(options: dict[str, Any], shards: str, trained: Trained | None = None) -> Measured:
     """What the processes do together, each with a copy of the run; None loads it."""
     trained = trained or _load(options)
+    agree(trained.weights_sha256, "weights_sha256")
     parts, metrics, protocol = trained.parts, trained.parts.metrics, _protocol(trained)
     measured, count = Measured([], {}, []), metrics.num_samples
     if count:

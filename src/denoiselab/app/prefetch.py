@@ -155,7 +155,9 @@ def _metrics(node: dict[str, Any]) -> list[Need]:
         for name, extractor in extractors.items()
         if isinstance(extractor, Published)
     ]
-    for name, path in node.get("references", {}).items():
+    for name, path in (node.get("references") or {}).items():
+        if path is None:
+            continue
         needs.append(Need(f"metrics.references.{name}", [], partial(_reference, path)))
     return needs
 

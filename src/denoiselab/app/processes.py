@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from denoiselab.app.trained import choose_device
+from denoiselab.evaluation.collect import broadcast, ranks
 from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.launch import launch, launched_from_outside
 from denoiselab.training.trainer import free_cores
@@ -28,6 +29,17 @@ from denoiselab.training.trainer import free_cores
 MEETING = timedelta(minutes=10)  # all ranks must be there by then
 PATIENCE = timedelta(days=7)  # later they wait as long as the work takes: who ends a failed job is its launcher
 ECHO_SECONDS = 5.0
+
+
+def agree(value: str, what: str) -> None:
+    """See to it that every rank has the same value; to be called on all of them.
+
+    Raises:
+        ConfigError: on a rank that has another one than rank 0.
+    """
+    first = broadcast(value)
+    if value != first:
+        raise ConfigError(f"{what}={value}: on rank {ranks()[0]}, but rank 0 has {first}; name the checkpoint")
 
 
 def choose_devices(devices: int | str, device: str) -> int:

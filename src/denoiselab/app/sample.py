@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from denoiselab.app.nodes import check_keys
-from denoiselab.app.processes import choose_devices, run_processes
+from denoiselab.app.processes import agree, choose_devices, run_processes
 from denoiselab.app.trained import Trained, load_trained
 from denoiselab.evaluation.collect import broadcast, ranks
 from denoiselab.evaluation.generate import Source, balanced_labels, drawing
@@ -111,6 +111,7 @@ def draw_samples(
         How many samples all ranks have drawn, and the seconds of this rank.
     """
     trained = trained or load_trained(options, REPLACED)
+    agree(trained.weights_sha256, "weights_sha256")
     parts, count, (rank, size) = trained.parts, options["num_samples"], ranks()
     labels = balanced_labels(count, parts.data.num_classes, protocol["class"])
     source = drawing(

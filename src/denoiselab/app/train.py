@@ -185,8 +185,8 @@ def summarise(
     latest: dict[str, float] = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         latest |= getattr(callback, "latest", {})
-    default = module.ema.default
-    numbers = [number for number in measurement.numbers if number.protocol["weights"] == default]
+    kind = (measurement.metrics.weights or [module.ema.default])[0]
+    numbers = [number for number in measurement.numbers if number.protocol["weights"] == kind]
     keys = ("train/loss", "train/images_per_second", "val/x0_mse", "val/epsilon_mse")
     saved = checkpoints_of(run_dir / "checkpoints")
     return {
@@ -194,7 +194,7 @@ def summarise(
         "error": problem or None,
         "steps": trainer.global_step,
         "seconds": seconds,
-        "weights": default,
+        "weights": kind,
         "losses": {key: round(latest[key], 6) for key in keys if key in latest},
         "metrics": {number.name: number.value for number in numbers},
         "real": {number.name: number.floor for number in numbers if number.floor is not None},

@@ -66,6 +66,9 @@ def load_trained(options: dict[str, Any], replace: tuple[str, ...], *, counts: l
     for group in ("datamodule", "backbone", "objective", "sampler", "guidance", "metrics", "codec"):
         if not isinstance(config.get(group), dict) or "_target_" not in config[group]:
             raise ConfigError(f"checkpoint={path}: its config has no {group}; it is not a run's")
+    for group in replace:
+        if options.get(group) is not None and "_target_" not in options[group]:
+            raise ConfigError(f"{group}: only a part of it is given; name the whole with {group}=<choice>")
     config = config | {group: options[group] for group in replace if options.get(group) is not None}
     if options["nfe"] is not None and options["steps"] is not None:
         raise ConfigError(f"nfe={options['nfe']}: give either nfe or steps (steps={options['steps']})")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -150,10 +151,24 @@ class Extractor(ABC):
             raise ValueError(f"images={images.dtype} of shape {tuple(images.shape)}: must be uint8, (N, C, H, W)")
         found: list[Features] = []
         exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        with torch.autocast(self._device.type, enabled=False), exact:
+        with torch.autocast(self._device.type, enabled=False), exact, _exact_products():
             for batch in images.split(batch_size):
                 # Grey images from files have the strides of channels-last, whose convolutions round differently.
                 batch = batch.flatten().view(batch.shape)
                 parts: dict[str, Tensor] = self._network(batch.to(self._device)).tensors()
                 found.append(Features(**{name: part.float().cpu() for name, part in parts.items()}))
-        return Features.joined(found)
+        joined = Features.joined(found)
+        if not all(part.isfinite().all() for part in joined.tensors().values()):
+            raise ValueError(f"extractor={self.name}: its features are not finite")
+        return joined
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Matrix products in full float32, whatever precision training asked for."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -263,7 +263,7 @@ class Memorisation(Measure):
     A copy is nearer to one training image than `ratio` times its distance to any other (Yoon et al. 2023, "Diffusion
     probabilistic models generalize when they fail to memorize", with 1/3; in feature space here). The control is the same
     of test images. Intervals are about the choice of the samples. An image that the training set has twice hides its copies,
-    unless they are exact.
+    unless they are exact. Left out where the training images are more than are kept one by one (`reference.LIMIT`).
 
     Args:
         ratio: in (0, 1].
@@ -303,6 +303,8 @@ class Memorisation(Measure):
     def _nearest(images: FeatureSet, real: Reference) -> TwoNearest | None:
         if real.sample is None or len(real.sample) < 2 or not len(images):
             return None
+        if len(real.sample) < real.facts.get("reference_count", 0):  # copies of the others would not be seen
+            return None
         return two_nearest(images.features, real.sample.features)
 
 
@@ -337,8 +339,11 @@ class Adherence(Measure):
 
 
 def _mean(values: Tensor) -> Value:
-    """The mean of one value a sample, float64 of shape (N,)."""
-    return Value(values.mean().item(), mean_interval(values), count_free=True)
+    """The mean of one value a sample, at least 0 each, float64 of shape (N,)."""
+    interval = mean_interval(values)
+    if interval is not None:
+        interval = max(0.0, interval[0]), interval[1]
+    return Value(values.mean().item(), interval, count_free=True)
 
 
 def _at_least(lowest: int, **values: int) -> None:

@@ -15,7 +15,7 @@ from denoiselab.evaluation.collect import Clock, broadcast, collect, ranks
 from denoiselab.evaluation.counting import Counting
 from denoiselab.evaluation.features import Extractor, FeatureSet
 from denoiselab.evaluation.generate import Source
-from denoiselab.evaluation.measures import Measure, Memorisation, Pair, Value
+from denoiselab.evaluation.measures import Measure, Memorisation, Pair, SpatialFrechet, Value
 from denoiselab.evaluation.records import Number, count_name
 from denoiselab.evaluation.reference import Data, Reference, published, reference
 
@@ -57,7 +57,7 @@ class Metrics:
         every: optimizer steps between measurements in training; null measures at the end only.
         every_counts: sample counts of those; null takes the smallest of `counts`.
         weights: which weights are measured in training: "raw" or names of averages; null takes the first average.
-        references: published statistics (npz) by the extractor's name, in place of the training images' moments.
+        references: published statistics (npz) by the extractor's name, in place of the training images' moments; null: none.
         batch_size: images per pass of an extractor.
         seed: keys the samples drawn for the metrics, and the choice of test images behind the floors.
         bits_per_dim: the likelihood of test images, measured by `evaluate`; null: not measured.
@@ -75,7 +75,7 @@ class Metrics:
         every: int | None = None,
         every_counts: list[int] | None = None,
         weights: list[str] | None = None,
-        references: dict[str, str] | None = None,
+        references: dict[str, str | None] | None = None,
         batch_size: int = 250,
         seed: int = 0,
         bits_per_dim: BitsPerDim | None = None,
@@ -92,7 +92,7 @@ class Metrics:
         for key, value, lowest in (("every", every, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
             if value is not None and value < lowest:
                 raise ValueError(f"{key}={value}: must be at least {lowest}{', or null' if key == 'every' else ''}")
-        self.references = references or {}
+        self.references = {name: path for name, path in (references or {}).items() if path is not None}
         for name, path in self.references.items():
             if name not in self.extractors:
                 raise ValueError(f"references.{name}={path}: must be one of {', '.join(self.extractors) or 'none'}")
@@ -141,6 +141,13 @@ class Metrics:
             if found.features.shape[1:] != real.moments.mean.shape:
                 theirs, ours = real.moments.mean.shape[0], found.features.shape[1]
                 raise ValueError(f"references.{name}={path}: has {theirs} features, the extractor {ours}")
+            if found.spatial is None:
+                continue
+            if real.spatial is None and any(isinstance(m, SpatialFrechet) for m in self.measures.values()):
+                raise ValueError(f"references.{name}={path}: has no mu_s and sigma_s; leave spatial_frechet out")
+            if real.spatial is not None and found.spatial.shape[1:] != real.spatial.mean.shape:
+                theirs, ours = real.spatial.mean.shape[0], found.spatial.shape[1]
+                raise ValueError(f"references.{name}={path}: has {theirs} spatial features, the extractor {ours}")
 
     def measure(
         self,
@@ -254,8 +261,10 @@ class Metrics:
                 "count": count,
                 "class_balance": class_balance(images.labels, data.num_classes),
                 **real.facts,
+                "reference_sample": None if measure.moments_only else len(real.numbers),
                 "floor": "test",
                 "floor_hash": data.fingerprint("test"),
+                "floor_seed": self.seed,
                 "measure": {"name": type(measure).__name__, **measure.settings()},
             }
             for base, value in values.items():

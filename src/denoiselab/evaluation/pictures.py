@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from denoiselab.evaluation.generate import Source
 
 PROTOCOL = "protocol.json"  # in a folder of samples: how they were drawn, and how many
+DRAWN = ("sampler", "guidance", "nfe", "weights", "weights_sha256", "step", "seed")  # of it, for a number
 DAMAGE = (OSError, EOFError, LookupError, SyntaxError, TypeError, ValueError)  # what Pillow and numpy raise
 Fetch = Callable[[int], np.ndarray]  # the uint8 pixels (H, W, C) of an image by its number
 
@@ -87,6 +90,28 @@ def stored_images(source: Path, channels: int, *, batch_size: int) -> tuple[Sour
             yield index, torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
     return images, torch.from_numpy(labels)
+
+
+def stored_protocol(source: Path) -> dict[str, Any]:
+    """What the protocol says of stored images: the hash of the files, and how they were drawn, where that lies beside them.
+
+    Args:
+        source: as `stored_images` takes it.
+    """
+    files = [source] if source.is_file() else sorted([*source.glob("*.npz"), *source.rglob("*.png")])
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            total.update(f"{file.relative_to(source)} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    beside = source.with_name(f"{source.name}.json") if source.is_file() else source / PROTOCOL
+    try:
+        drawn = json.loads(beside.read_text())
+    except (OSError, ValueError):
+        drawn = {}
+    known = {key: drawn[key] for key in DRAWN if key in drawn}
+    if drawn.get("class") is not None:  # else all classes in turn, as in every other measurement
+        known["class"] = drawn["class"]
+    return {"images_sha256": total.hexdigest()} | known
 
 
 def _shards(files: Sequence[Path], channels: int) -> tuple[Fetch, np.ndarray]:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 # What says which model was measured, and when: numbers of unlike values here are what one wants to compare
-RUN_FIELDS = ("step", "weights_sha256", "images", "nfe_spent")
+RUN_FIELDS = ("step", "weights_sha256", "images", "images_sha256", "nfe_spent", "reference_file")
 
 
 def count_name(count: int) -> str:
@@ -89,7 +89,12 @@ def sampling_protocol(
         seed: of the noise.
         nfe: network evaluations per sample; None if the solver chooses them.
     """
-    return {key: config[key] for key in ("sampler", "guidance")} | {
+    sampler = dict(config["sampler"])
+    if nfe is not None and "nfe" in sampler:
+        sampler |= {"nfe": nfe, "steps": None}  # however it was asked for
+    return {
+        "sampler": sampler,
+        "guidance": config["guidance"],
         "nfe": nfe,
         "weights": weights,
         "weights_sha256": weights_sha256,

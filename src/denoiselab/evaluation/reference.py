@@ -149,7 +149,12 @@ def published(path: Path) -> Reference:
         spatial=Statistics(found["mu_s"], found["sigma_s"]) if "mu_s" in found else None,
         sample=None,
         numbers=torch.zeros(0, dtype=torch.int64),
-        facts={"reference": path.name, "reference_hash": hashed, "reference_count": None},
+        facts={
+            "reference": "published",
+            "reference_hash": hashed,
+            "reference_count": None,
+            "reference_file": path.name,
+        },
     )
 
 

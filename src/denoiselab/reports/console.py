@@ -93,11 +93,14 @@ def sampler_line(sampler: object, nfe: int | None) -> str:
 
 
 def time_line(seconds: dict[str, float]) -> str:
-    """Where the time of a measurement went; the share is of network, features and statistics."""
-    shown = [f"{name} {value:,.1f} s" for name, value in seconds.items()]
+    """Where the time of a measurement went; the share of the statistics is of network, features and statistics."""
     whole = sum(seconds.get(name, 0.0) for name in ("network", "features", "statistics"))
-    share = f"; statistics are {seconds.get('statistics', 0.0) / whole:.1%}" if whole else ""
-    return ", ".join(shown) + share
+    share = f" ({seconds.get('statistics', 0.0) / whole:.1%})" if whole else ""
+    return ", ".join(
+        f"{name} {seconds[name]:,.1f} s{share if name == 'statistics' else ''}"
+        for name in ("network", "features", "statistics", "intervals", "reference")
+        if name in seconds
+    )
 
 
 def print_results(console: Console, facts: dict[str, Any], numbers: Sequence[Number]) -> None:
@@ -106,9 +109,10 @@ def print_results(console: Console, facts: dict[str, Any], numbers: Sequence[Num
     width = max(map(len, facts)) + 2
     for key, value in facts.items():  # paths stay in one piece, so that they can be copied
         console.print(f"[bold]{key:<{width}}[/bold]{escape(str(value))}", soft_wrap=True, highlight=False)
-    if numbers:
-        console.print(numbers_table(numbers))
-        for text in protocol_lines(numbers):
+    for weights in dict.fromkeys(number.protocol.get("weights") for number in numbers):
+        some = [number for number in numbers if number.protocol.get("weights") == weights]
+        console.print(numbers_table(some))
+        for text in protocol_lines(some):
             console.print(Padding(Text(f"protocol: {text}", style="dim"), (0, 1)))
 
 

@@ -22,7 +22,9 @@ def log_protocols(trainer: lightning.Trainer, protocols: dict[str, dict[str, Any
     """Put the protocols of metrics, by the metrics' names, into the config of the W&B run, from rank 0."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if isinstance(logger, WandbLogger):
-            logger.experiment.config.update({"protocols": protocols}, allow_val_change=True)
+            config = logger.experiment.config
+            known = dict(config.get("protocols") or {})  # an update replaces the whole entry
+            config.update({"protocols": known | protocols}, allow_val_change=True)
 
 
 def log_image(trainer: lightning.Trainer, key: str, picture: Image.Image) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import DDPStrategy
 
 from denoiselab.training.checkpoint import AtomicCheckpointIO
 
@@ -88,7 +90,8 @@ class TrainerSettings:
             accelerator=self.accelerator,
             devices=self.devices,
             num_nodes=self.num_nodes,
-            strategy="ddp" if self.world_size > 1 else "auto",
+            # Ranks wait while rank 0 computes statistics; what ends a failed job is its launcher.
+            strategy=DDPStrategy(timeout=timedelta(days=7)) if self.world_size > 1 else "auto",
             precision=self.precision,
             max_steps=self.max_steps,
             accumulate_grad_batches=self.accumulate,
