@@ -134,9 +134,10 @@ def kernel_distance(features: Tensor, reference: Tensor, *, subsets: int, subset
     choice = np.random.RandomState(seed)
     x, y = (part.double() / part.shape[1] ** 0.5 for part in (features, reference))  # x·y/D is a product of these
 
+    one = torch.ones((), dtype=torch.float64)
+
     def kernel(a: Tensor, b: Tensor) -> Tensor:
-        product = a @ b.T + 1
-        return product * product * product
+        return torch.addmm(one, a, b.T).pow_(3)
 
     values = []
     for _ in range(1 if size == len(x) == len(y) else subsets):  # the whole sets are one and the same subset
