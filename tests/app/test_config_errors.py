@@ -178,6 +178,7 @@ def test_a_broken_image_is_named(tmp_path):
         ("", ["run=null", "no run in runs"]),
         ("smapler=heun", ["smapler=heun", "no such key"]),
         ("sampler=dopri9", ["sampler=dopri9", "heun"]),
+        ("sampler.nfe=9", ["sampler.nfe=9", "the run's own sampler", "sampler=<name>"]),
         ("seed=abc", ["seed=abc", "an integer"]),
     ],
 )

@@ -117,6 +117,8 @@ def composition_message(error: Exception, arguments: list[str]) -> str:
         key, parent = getattr(link, "full_key", None), getattr(link, "parent_node", None)
         if key and "not in struct" in str(link):
             typed = next((a for a in arguments if a.split("=")[0] == key or a.startswith(f"{key}.")), str(key))
+            if typed.startswith(f"{key}.") and (config_folder() / str(key)).is_dir():  # a group that is null here
+                return f"{typed}: this command takes the run's own {key}; choose {key}=<name> to change a part of it"
             names = map(str, parent if parent is not None else [])
             allowed = sorted(name for name in names if name != "hydra" and not name.startswith("_"))
             close = difflib.get_close_matches(str(key).rpartition(".")[2], allowed, n=1)
