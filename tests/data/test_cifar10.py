@@ -172,14 +172,20 @@ def test_zips_of_something_else(cifar10_folder, tmp_path):
     test = str(cifar10_folder)
     shape = "not N images of 3x32x32 with N labels below 10"
     write_edm_zip(path, random_images(50, 28), [0] * 50)
-    refuses(f"root={path}: a.zip holds images [50, 3, 28, 28] and labels [50], {shape}", path, test_root=test)
+    refuses(
+        f"root={path}: cannot read a.zip (00000/img00000000.png is RGB of 28x28, not RGB of 32x32)",
+        path,
+        test_root=test,
+    )
     for labels in ([0.5] * 50, [12] * 50, [True] * 50):
         write_edm_zip(path, images, labels)
         refuses(f"root={path}: a.zip holds images [50, 3, 32, 32] and labels [50], {shape}", path, test_root=test)
     write_edm_zip(path, images, [[0.0, 1.0]] * 50)
     refuses(f"root={path}: a.zip holds images [50, 3, 32, 32] and labels [50, 2], {shape}", path, test_root=test)
     write_edm_zip(path, images[..., 0], [0] * 50)
-    refuses(f"root={path}: cannot read a.zip (00000/img00000000.png is L, not RGB)", path, test_root=test)
+    refuses(
+        f"root={path}: cannot read a.zip (00000/img00000000.png is L of 32x32, not RGB of 32x32)", path, test_root=test
+    )
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("dataset.json", json.dumps({"labels": []}))
     refuses(f"root={path}: cannot read a.zip (it holds no PNG files)", path, test_root=test)

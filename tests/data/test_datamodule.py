@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import signal
+import subprocess
+import time
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
@@ -12,6 +17,7 @@ import torch
 from denoiselab.data.datamodule import ImageDataModule, ignore_signals
 from denoiselab.data.dataset import InMemoryImages
 
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
 VALUES = {"channels": 1, "resolution": [2, 3], "num_classes": 4, "batch_size": 6, "seed": 2}
 
 
@@ -147,6 +153,103 @@ def test_workers_ignore_ctrl_c():
     assert next(iter(loader))["label"].tolist() == [1] * 11
     module.num_workers = 0
     assert next(iter(module.val_dataloader()))["label"].tolist() == [0] * 11
+
+
+class Hangs(InMemoryImages):
+    """A data set that never gives what comes after its first ten images."""
+
+    def label(self, index):
+        if index >= 10:
+            time.sleep(3600)
+        return index
+
+
+def gone(pid):
+    """Whether a process has ended; one that nobody has waited for has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    assert condition()
+
+
+def workers_of(iterator):
+    return [worker.pid for worker in iterator._workers]
+
+
+@needs_proc
+def test_workers_obey_sigterm_from_the_process_that_trains_alone():
+    iterator = iter(toy(num_workers=2).train_dataloader())
+    for _ in range(2):  # one of each worker, so that both are under way
+        next(iterator)
+    pids = workers_of(iterator)
+    for name in ("TERM", "INT", "USR1", "USR2"):  # from another process, as a batch system sends them
+        subprocess.run(["kill", f"-{name}", *map(str, pids)], check=True)
+    for step in range(2, 9):
+        assert next(iterator)["step"].tolist() == [step] * 6
+    assert not any(map(gone, pids))
+    os.kill(pids[0], signal.SIGTERM)
+    wait_until(lambda: gone(pids[0]))
+    assert not gone(pids[1])
+    iterator._shutdown_workers()
+    wait_until(lambda: gone(pids[1]))
+
+
+@needs_proc
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_loader_that_closes_leaves_no_worker_behind(split):
+    data = toy(num_workers=2, eval_batch_size=4)
+    loader = data.train_dataloader() if split == "train" else data.val_dataloader()
+    assert loader.persistent_workers
+    iterator = iter(loader)
+    next(iterator)
+    workers = iterator._workers
+    iterator._shutdown_workers()
+    assert [worker.exitcode for worker in workers] == [0, 0]  # by themselves, within the loader's patience
+    assert all(gone(worker.pid) for worker in workers)
+
+
+@needs_proc
+def test_a_worker_that_hangs_does_not_keep_a_loader_from_closing(monkeypatch):
+    data = toy(num_workers=2, eval_batch_size=5)
+    data._sets["test"] = Hangs(data.test_set().images, None)
+    iterator = iter(data.val_dataloader())
+    next(iterator)
+    next(iterator)  # what is left hangs
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.5)  # patience before terminate()
+    iterator._shutdown_workers()
+    left = [worker for worker in iterator._workers if not gone(worker.pid)]
+    for worker in left:
+        worker.kill()  # or Python would wait for it at its end
+    assert not left
+
+
+def load_and_wait(connection):
+    torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.2  # how often a worker looks for its parent
+    iterator = iter(toy(num_workers=2).train_dataloader())
+    for _ in range(2):
+        next(iterator)
+    connection.send(workers_of(iterator))
+    time.sleep(3600)
+
+
+@needs_proc
+def test_workers_do_not_outlive_a_process_that_is_killed():
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=load_and_wait, args=(theirs,))
+    process.start()
+    pids = ours.recv()
+    assert len(pids) == 2
+    assert not any(map(gone, pids))
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    wait_until(lambda: all(map(gone, pids)))
 
 
 def test_ranks_share_the_test_split_without_repeating_a_sample():

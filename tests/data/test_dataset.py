@@ -3,10 +3,12 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.data import default_collate
 
-from denoiselab.data.dataset import InMemoryImages, flips
+from denoiselab.data.dataset import TRIES, InMemoryImages, LazyImages, flips
+from denoiselab.data.decoding import BrokenImageError
 from denoiselab.data.order import Draw
 
 IMAGES = torch.arange(6 * 1 * 2 * 3, dtype=torch.uint8).reshape(6, 1, 2, 3)
@@ -32,7 +34,7 @@ def test_a_draw_carries_its_step_and_place_and_collates_to_int64():
     batch = default_collate([samples[Draw(4, 7, 0, 0)], samples[Draw(2, 7, 1, 3)]])
     assert torch.equal(batch["image"], IMAGES[[4, 2]])
     assert batch["image"].dtype == torch.uint8
-    wanted = {"label": [1, 2], "index": [4, 2], "step": [7, 7], "place": [0, 1]}
+    wanted = {"label": [1, 2], "index": [4, 2], "step": [7, 7], "place": [0, 1], "stand_in": [0, 0]}
     for key, values in wanted.items():
         assert batch[key].dtype == torch.int64
         assert batch[key].tolist() == values
@@ -76,3 +78,78 @@ def test_the_digest_is_that_of_the_pixels():
     samples = InMemoryImages(IMAGES, LABELS)
     again = InMemoryImages(IMAGES.clone(), None, flip=True, seed=4)
     assert samples.digest(2) == again.digest(2) != samples.digest(3)
+
+
+class Fragile(LazyImages):
+    """Grey values that are the index; those in `broken` cannot be read."""
+
+    def __init__(self, size, broken, **changes):
+        super().__init__(**({"on_corrupt": "skip"} | changes))
+        self.size, self.broken, self.reads = size, set(broken), []
+
+    def path(self, index):
+        return f"{index}.png"
+
+    def read(self, index):
+        self.reads.append(index)
+        if index in self.broken:
+            raise BrokenImageError(f"{index}.png is empty")
+        return torch.full((1, 1, 2), index % 256, dtype=torch.uint8)
+
+    def peers(self, index):
+        return range(self.size)
+
+    def label(self, index):
+        return 0
+
+
+def test_a_stand_in_depends_on_the_index_and_the_files_alone():
+    broken = range(0, 200, 2)
+    whole, some = Fragile(200, broken), Fragile(200, broken, flip=True, seed=8)
+    choices = {i: int(whole.image(i)[0, 0, 0]) for i in range(200)}
+    assert all(choices[i] == i for i in range(1, 200, 2))
+    assert all(choices[i] % 2 for i in range(200))
+    for i in (150, 4, 4, 90):
+        sample = some[Draw(i, 3, 1, 2)]
+        assert (int(sample["image"][0, 0, 0]), sample["stand_in"], sample["index"]) == (choices[i], 1, i)
+    some.broken.remove(4)
+    assert (int(some.image(4)[0, 0, 0]), some[4]["stand_in"]) == (4, 0)
+
+
+def test_no_image_takes_the_place_of_many():
+    samples = Fragile(250, range(100))
+    shown = torch.tensor([int(samples.image(i)[0, 0, 0]) for i in range(100)])
+    assert shown.bincount().max() <= 10
+
+
+def test_a_search_that_finds_nothing_ends():
+    samples = Fragile(3, range(3))
+    with pytest.raises(
+        BrokenImageError, match=r"^1\.png is empty; 100 others of its class were tried .+: \d\.png is empty$"
+    ):
+        samples.image(1)
+    assert len(samples.reads) == TRIES + 1
+
+
+def test_stand_ins_are_named_once(caplog):
+    samples = Fragile(9, [3, 5])
+    samples.image(3)
+    samples.tell([5, 3, 5])
+    samples.image(5)
+    samples.tell(iter([]))
+    samples.tell([7])
+    assert [record.getMessage() for record in caplog.records] == [
+        "on_corrupt=skip: 3.png is empty; an image of the same class stands in",
+        "on_corrupt=skip: 5.png is empty; an image of the same class stands in",
+        "on_corrupt=skip: 7.png could not be read when it was drawn, but now it can",
+    ]
+
+
+def test_without_skip_there_are_no_stand_ins():
+    samples = Fragile(9, [3], on_corrupt="fail")
+    assert samples[4]["stand_in"] == 0
+    with pytest.raises(BrokenImageError, match=r"^3\.png is empty; repair or remove it, or set on_corrupt=skip$"):
+        samples[3]
+    assert samples.reads == [4, 3]
+    with pytest.raises(ValueError, match=r"^on_corrupt=no: must be fail or skip$"):
+        Fragile(9, [], on_corrupt="no")

@@ -118,7 +118,7 @@ def test_other_kinds_of_pixels(tmp_path, channels):
 
 def test_pixels_without_a_range_are_refused(tmp_path):
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"^32-bit pixels have no fixed range$"):
+    with pytest.raises(ValueError, match=r"/a\.tif has 32-bit pixels, which have no fixed range$"):
         decode(tmp_path / "a.tif", channels=1, size=(4, 4))
 
 
@@ -290,8 +290,8 @@ def test_broken_files_are_refused_by_name_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=r"^on_corrupt=fail: 1 of 21 files cannot be decoded: ") as caught:
             module(lone).check()
         line = str(caught.value)
-        assert f"{lone}/cat/{name} (" in line
-        assert line.endswith("); repair or remove them, or set on_corrupt=skip")
+        assert f": {lone}/cat/{name} is " in line
+        assert line.endswith("; repair or remove them, or set on_corrupt=skip")
         assert "\n" not in line
 
 
@@ -332,6 +332,42 @@ def test_a_broken_file_keeps_its_place_in_the_split(tmp_path):
     broken = module(tmp_path, on_corrupt="skip")
     assert names(broken.train_set()) == train
     assert names(broken.test_set()) == test - {victim}
+
+
+def test_a_file_that_breaks_after_the_scan(tmp_path, caplog):
+    write(tmp_path)
+    strict, lenient, kept = (module(tmp_path, **c) for c in ({}, {"on_corrupt": "skip"}, {"cache": True}))
+    before = [data.fingerprint("train") for data in (strict, lenient, kept)]
+    victim = lenient.train_set().files[2]
+    pixels = kept.train_set()[2]["image"]
+    victim.path.unlink()
+    with pytest.raises(ValueError, match=rf"^{victim.path} is missing; repair or remove it, or set on_corrupt=skip$"):
+        strict.train_set()[2]
+    with caplog.at_level(logging.WARNING, logger="denoiselab"):
+        sample = lenient.train_set()[2]
+        assert torch.equal(lenient.train_set()[2]["image"], sample["image"])
+    assert (sample["stand_in"], sample["label"], sample["index"]) == (1, victim.label, 2)
+    others = [i for i, file in enumerate(lenient.train_set().files) if file.label == victim.label and i != 2]
+    assert any(torch.equal(sample["image"], lenient.train_set().image(i)) for i in others)
+    (record,) = caplog.records
+    assert record.getMessage() == f"on_corrupt=skip: {victim.path} is missing; an image of the same class stands in"
+    assert torch.equal(kept.train_set()[2]["image"], pixels)
+    assert [data.fingerprint("train") for data in (strict, lenient, kept)] == before  # of what was scanned
+    assert module(tmp_path, on_corrupt="skip").fingerprint("train") not in before
+
+
+def test_what_is_left_out_changes_the_fingerprint(tmp_path):
+    write(tmp_path)
+    whole = module(tmp_path, on_corrupt="skip")
+    prints = {split: whole.fingerprint(split) for split in ("train", "test")}
+    victim = sorted(names(whole.test_set()))[0]
+    data = (tmp_path / victim).read_bytes()
+    (tmp_path / victim).write_bytes(data[:-30])
+    broken = module(tmp_path, on_corrupt="skip")
+    assert broken.fingerprint("train") == prints["train"]
+    assert broken.fingerprint("test") != prints["test"]
+    (tmp_path / victim).write_bytes(data)
+    assert module(tmp_path, on_corrupt="skip").fingerprint("test") == prints["test"]
 
 
 def test_nothing_but_broken_files(tmp_path):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import pickle
 import shutil
@@ -42,6 +44,16 @@ def refuses(line, root, **changes):
     with pytest.raises(ValueError) as caught:  # noqa: PT011 (compared whole)
         module(root, **changes).check()
     assert str(caught.value) == line
+
+
+def draw(data, count):
+    """Batches of training; a loader that an error's traceback holds on to would close slowly."""
+    iterator = iter(data.train_dataloader())
+    try:
+        return list(islice(iterator, count))
+    finally:
+        if data.num_workers:
+            iterator._shutdown_workers()
 
 
 # -- the crop of ADM --
@@ -172,10 +184,125 @@ def test_a_broken_image_is_named_when_it_is_drawn(tmp_path):
     paths = sorted((root / "train").rglob("*.JPEG"))
     paths[4].write_bytes(paths[4].read_bytes()[:300])
     paths[0].write_text("nothing")
-    with pytest.raises(ValueError, match=rf"^root={root}: cannot decode {paths[0]} \(cannot identify .+\)$"):
-        module(root).check()
-    with pytest.raises(ValueError, match=rf"^cannot decode {paths[4]} \(.+\)$"):
-        module(root).train_set()[4]
+    hint = "; repair or remove it, or set on_corrupt=skip"
+    refuses(f"root={root}: {paths[0]} is no image (BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP){hint}", root)
+    for workers in (0, 1):
+        data = module(root, num_workers=workers)
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 (compared whole)
+            draw(data, 8)
+        assert str(caught.value) in (
+            f"{paths[0]} is no image (BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP){hint}",
+            f"{paths[4]} is cut short{hint}",
+        )
+
+
+# -- broken images --
+
+
+def spoil(root, *, empty=(), cut=()):
+    """Spoil training images of `write_imagenet` by their numbers; returns all paths."""
+    paths = sorted((root / "train").rglob("*.JPEG"))
+    for i in empty:
+        paths[i].write_bytes(b"")
+    for i in cut:
+        paths[i].write_bytes(paths[i].read_bytes()[:-200])
+    return paths
+
+
+def test_under_skip_an_image_of_the_same_class_and_split_stands_in(tmp_path, caplog):
+    root = write_imagenet(tmp_path / "a", train=12, val=0)
+    whole = module(root)
+    spoil(root, cut=[1, 4, 13, 17, 18])
+    data = module(root, on_corrupt="skip", num_workers=2)
+    for good, samples in ((whole.train_set(), data.train_set()), (whole.test_set(), data.test_set())):
+        broken = [i for i in range(len(samples)) if int(samples.rows[i]) in (1, 4, 13, 17, 18)]
+        for i in range(len(samples)):
+            sample = samples[i]
+            assert (sample["stand_in"], sample["label"]) == (int(i in broken), good.label(i))
+            same = [j for j in samples.peers(i) if j not in broken and torch.equal(samples.image(j), sample["image"])]
+            assert same == [i] if i not in broken else len(same) == 1
+            assert all(samples.label(j) == samples.label(i) for j in same)
+        assert torch.equal(samples.image(broken[0]), samples[broken[0]]["image"])
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 5
+    assert all(line.endswith(".JPEG is cut short; an image of the same class stands in") for line in lines)
+
+
+def test_stand_ins_do_not_depend_on_workers_or_history(tmp_path, monkeypatch):
+    root = write_imagenet(tmp_path / "a", train=6)
+    spoil(root, cut=[0, 5, 7])
+    everyone = logging.FileHandler(tmp_path / "log")  # workers write to it as well, if they say anything
+    monkeypatch.setattr(logging.getLogger("denoiselab.data.dataset"), "handlers", [everyone])
+    runs = [module(root, on_corrupt="skip", num_workers=n, flip=True) for n in (0, 2)]
+    alone, shared = (list(islice(data.train_dataloader(), 9)) for data in runs)
+    for one, other in zip(alone, shared, strict=True):
+        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert one["stand_in"].dtype == torch.int64
+        assert torch.equal(one["stand_in"] == 1, torch.isin(one["index"], torch.tensor([0, 5, 7])))
+    assert len((tmp_path / "log").read_text().splitlines()) == 3  # by the process that trains, once for each
+    drawn = torch.cat([batch["index"][batch["stand_in"] > 0] for batch in shared]).tolist()
+    for _ in range(2):
+        runs[1].train_set().tell(drawn)
+    assert len((tmp_path / "log").read_text().splitlines()) == 6
+
+
+def test_empty_files_are_found_at_the_start(tmp_path, caplog):
+    root = write_imagenet(tmp_path / "a")
+    paths = spoil(root, empty=[1, 3, 8, 9])
+    line = f"4 of 12 files cannot be decoded: {paths[1]} is empty, {paths[3]} is empty, {paths[8]} is empty, ..."
+    refuses(f"root={root}: on_corrupt=fail: {line}; repair or remove them, or set on_corrupt=skip", root)
+    paths[3].unlink()
+    paths[3].symlink_to("nothing")
+    module(root, on_corrupt="skip").check()
+    line = line.replace(f"{paths[3]} is empty", f"{paths[3]} is missing")
+    assert [r.getMessage() for r in caplog.records] == [f"on_corrupt=skip: {line}; others of their class stand in"]
+
+
+def test_a_class_without_a_good_image_is_an_error_and_no_endless_search(tmp_path):
+    root = write_imagenet(tmp_path / "a", train=4)
+    spoil(root, cut=range(4))
+    data = module(root, on_corrupt="skip", num_workers=1)
+    assert data.train_set()[5]["stand_in"] == 0
+    line = r"^\S+ is cut short; 100 others of its class were tried in its place, the last: \S+ is cut short$"
+    with pytest.raises(ValueError, match=line):
+        data.train_set()[1]
+    with pytest.raises(ValueError, match=line):
+        draw(data, 4)
+    refuses_at_the_start = module(root, on_corrupt="skip", test_root=str(root / "train"))
+    with pytest.raises(ValueError, match=rf"^root={root}: \S+ is cut short; 100 others"):
+        refuses_at_the_start.check()
+
+
+def test_verify_finds_broken_files_and_one_changed_byte(tmp_path, caplog):
+    root = write_imagenet(tmp_path / "a")
+    first = {verify: module(root, verify=verify).fingerprint("train") for verify in (False, True)}
+    assert len(set(first.values())) == 2
+    path = sorted((root / "train").rglob("*.JPEG"))[7]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    assert module(root).fingerprint("train") == first[False]  # of names and sizes
+    changed = module(root, verify=True)
+    assert changed.fingerprint("train") != first[True]
+    assert changed.fingerprint("test") == module(root, verify=True).fingerprint("test")
+    assert changed.train_set().digest(7) == hashlib.sha256(changed.train_set().image(7).numpy().tobytes()).digest()
+    path.write_bytes(data[:-200])
+    refuses(
+        f"root={root}: on_corrupt=fail: 1 of 12 files cannot be decoded: {path} is cut short; "
+        "repair or remove them, or set on_corrupt=skip",
+        root,
+        verify=True,
+    )
+    skipping = module(root, verify=True, on_corrupt="skip")
+    assert skipping.fingerprint("train") not in (*first.values(), changed.fingerprint("train"))
+    assert skipping.train_set()[7]["stand_in"] == 1
+    (line,) = {record.getMessage() for record in caplog.records if "1 of 12" in record.getMessage()}
+    assert line.endswith(f": {path} is cut short; others of their class stand in")
+
+
+def test_a_policy_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match=r"^on_corrupt=ignore: must be fail or skip$"):
+        module(tmp_path, on_corrupt="ignore")
 
 
 # -- the list of files --
@@ -198,6 +325,16 @@ def test_files_are_listed_once_until_a_folder_changes(tmp_path, monkeypatch, cac
     assert len(module(root).train_set()) == 11
     assert len(scans) == 2 * 5
     assert len(list(cache.iterdir())) == 1
+
+
+def test_a_file_that_is_written_to_in_place_is_seen_by_its_size(tmp_path):
+    root = write_imagenet(tmp_path / "a")
+    before = module(root).fingerprint("train")
+    path = root / "train" / "n01443537" / "n01443537_02.JPEG"
+    changed = path.parent.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes() + b"more")
+    assert path.parent.stat().st_mtime_ns == changed
+    assert module(root).fingerprint("train") != before
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(imagenet_folder, tmp_path, cache):

@@ -215,7 +215,7 @@ def read_zip(path: Path, *, labelled: bool) -> tuple[Tensor, Tensor]:
 
 
 def _pixels(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with archive.open(name) as file, Image.open(file) as image:
-        if image.mode != "RGB":
-            raise ValueError(f"{name} is {image.mode}, not RGB")
+    with archive.open(name) as file, Image.open(file, formats=["PNG"]) as image:
+        if image.mode != "RGB" or image.size != (32, 32):  # seen before it is decoded
+            raise ValueError(f"{name} is {image.mode} of {image.width}x{image.height}, not RGB of 32x32")
         return np.asarray(image)

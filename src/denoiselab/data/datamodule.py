@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
+import threading
 from typing import Any, Literal
 
 import lightning
@@ -19,17 +21,29 @@ Split = Literal["train", "test"]
 
 
 def ignore_signals(worker_id: int) -> None:
-    """Leave Ctrl-C and a batch system's warnings, which reach every process, to the one that trains."""
+    """Leave Ctrl-C and a batch system's signals, which reach every process, to the one that trains.
+
+    SIGTERM is obeyed from that one alone: it is how a loader that closes ends a worker which hangs.
+    """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)  # as torch's own handler does it: another code would be reported as a crash
 
 
 class ImageDataModule(lightning.LightningDataModule):
     """Images of one declared shape, in a train and a test split.
 
     A subclass implements `load`. The batches are dicts of plain tensors: image (uint8, shape (B, C, H, W)),
-    label (int64, shape (B,), -1 without classes), index, step and place (int64, shape (B,)). The Trainer
-    needs `use_distributed_sampler=False`, since the loaders share the samples out themselves.
+    label (int64, shape (B,), -1 without classes), index, step, place and stand_in (int64, shape (B,)); see
+    `ImageDataset`. The Trainer needs `use_distributed_sampler=False`, since the loaders share the samples out themselves.
 
     Args:
         channels: 1 (grey) or 3 (RGB).
@@ -115,7 +129,10 @@ class ImageDataModule(lightning.LightningDataModule):
         return self._sets[split]
 
     def fingerprint(self, split: Split) -> str:
-        """SHA-256 (hex) over the pixels, shape and labels of a split as they reach a network, unmirrored."""
+        """SHA-256 (hex) over the pixels, shape and labels of a split as they reach a network, unmirrored.
+
+        What stands for the pixels of an image is its `digest`, which `IndexedFiles` makes of less unless told to verify.
+        """
         if split not in self._fingerprints:
             samples = self._set(split)
             total = hashlib.sha256(f"{len(samples)} {self.channels} {self.size}".encode())

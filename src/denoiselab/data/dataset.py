@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from denoiselab.condition import NULL_LABEL
+from denoiselab.data.decoding import BrokenImageError, OnCorrupt, check_on_corrupt
 from denoiselab.data.order import Draw
+
+TRIES = 100  # images that are asked to stand in for a broken one
+
+log = logging.getLogger(__name__)
 
 
 def flips(seed: int, epoch: int, index: int) -> bool:
@@ -45,6 +53,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """SHA-256 of the pixels of image `index`."""
         return hashlib.sha256(self.image(index).numpy().tobytes()).digest()
 
+    def shown(self, index: int) -> tuple[Tensor, bool]:
+        """Image `index`, and whether another one stands in for it."""
+        return self.image(index), False
+
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
         """The sample that training draws or, for a plain index, the image as it is.
 
@@ -53,18 +65,98 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 is mirrored.
 
         Returns:
-            image (uint8, shape (C, H, W)), label, index, step and place (integers: the default collate makes
-            int64 of them).
+            image (uint8, shape (C, H, W)), label, index, step, place and stand_in, which is 1 where the image
+            could not be decoded and another one is shown, else 0 (integers: the default collate makes int64 of
+            them).
         """
-        if isinstance(draw, Draw):
-            image = self.image(draw.index)
-            if self.flip and flips(self.seed, draw.epoch, draw.index):
-                image = image.flip(-1)
-        else:
+        of_training = isinstance(draw, Draw)
+        if not isinstance(draw, Draw):
             draw = Draw(index=draw, step=0, place=draw, epoch=0)
-            image = self.image(draw.index)
-        label = self.label(draw.index)
-        return {"image": image, "label": label, "index": draw.index, "step": draw.step, "place": draw.place}
+        image, stand_in = self.shown(draw.index)
+        if of_training and self.flip and flips(self.seed, draw.epoch, draw.index):
+            image = image.flip(-1)
+        numbers = {"index": draw.index, "step": draw.step, "place": draw.place, "stand_in": int(stand_in)}
+        return {"image": image, "label": self.label(draw.index), **numbers}
+
+
+class LazyImages(ImageDataset):
+    """Images that are read when they are asked for, from files any of which may be broken by then, or gone.
+
+    With `on_corrupt="skip"` another image of the same class then stands in, everywhere: in training, in validation and
+    in reference statistics. Which one is a function of the index and the files alone, so that a resumed run draws the
+    same again. The choice is hashed: if a stretch of files is lost, no single image is shown in place of all of them.
+
+    Args:
+        flip: whether the draws of training are mirrored left to right with probability 1/2.
+        seed: keys the mirroring.
+        on_corrupt: what to do about an image that cannot be decoded: "fail" or "skip".
+
+    Raises:
+        ValueError: if on_corrupt is neither.
+    """
+
+    def __init__(self, *, flip: bool = False, seed: int = 0, on_corrupt: OnCorrupt = "fail") -> None:
+        super().__init__(flip=flip, seed=seed)
+        check_on_corrupt(on_corrupt)
+        self.on_corrupt = on_corrupt
+        self._named: set[int] = set()
+
+    def path(self, index: int) -> Path:
+        """The file of image `index`."""
+        raise NotImplementedError
+
+    def read(self, index: int) -> Tensor:
+        """Image `index` itself: uint8 of shape (C, H, W).
+
+        Raises:
+            BrokenImageError: if its file cannot be decoded.
+        """
+        raise NotImplementedError
+
+    def peers(self, index: int) -> Sequence[int]:
+        """The images that have the class of image `index`, itself among them."""
+        raise NotImplementedError
+
+    def image(self, index: int) -> Tensor:
+        """Image `index` or what stands in for it, never mirrored: uint8 of shape (C, H, W).
+
+        Raises:
+            BrokenImageError: if it cannot be decoded and, with "skip", none of its class was found that can.
+        """
+        return self.shown(index)[0]
+
+    def shown(self, index: int) -> tuple[Tensor, bool]:
+        """Image `index`, and whether another one stands in for it; see `image`."""
+        try:
+            return self.read(index), False
+        except BrokenImageError as error:
+            if self.on_corrupt == "fail":
+                raise BrokenImageError(f"{error}; repair or remove it, or set on_corrupt=skip") from error
+            found = self._stand_in(index, error)
+        if get_worker_info() is None:  # of what a loader's worker draws, the process that trains tells
+            self.tell([index])
+        return found, True
+
+    def tell(self, indices: Iterable[int]) -> None:
+        """Warn that others stand in for these images: each is named once."""
+        for index in sorted(set(indices) - self._named):
+            self._named.add(index)
+            try:
+                self.read(index)
+            except BrokenImageError as error:
+                log.warning("on_corrupt=skip: %s; an image of the same class stands in", error)
+            else:
+                log.warning("on_corrupt=skip: %s could not be read when it was drawn, but now it can", self.path(index))
+
+    def _stand_in(self, index: int, error: BrokenImageError) -> Tensor:
+        peers, last = self.peers(index), error
+        for attempt in range(TRIES):
+            digest = hashlib.blake2b(f"stand-in {index} {attempt}".encode(), digest_size=8).digest()
+            try:
+                return self.read(peers[int.from_bytes(digest) % len(peers)])
+            except BrokenImageError as another:
+                last = another
+        raise BrokenImageError(f"{error}; {TRIES} others of its class were tried in its place, the last: {last}")
 
 
 class InMemoryImages(ImageDataset):

@@ -1,9 +1,10 @@
-"""From an image file to pixels of one shape."""
+"""From an image file to pixels of one shape, or in one line why there is no way."""
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 import torch
@@ -11,6 +12,27 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 Crop = Literal["fit", "adm"]
+OnCorrupt = Literal["fail", "skip"]
+
+KINDS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other is opened: for some, Pillow starts a program
+MAX_PIXELS = 178_956_970  # width times height; above it Pillow too takes a picture for a decompression bomb
+TURNS = {  # EXIF's orientations
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BrokenImageError(ValueError):
+    """A file that is no image which can be decoded: one line, which begins with its name."""
+
+    def __init__(self, line: str) -> None:
+        # a loader's worker hands an error on as the text of its whole traceback, which ends in the line
+        super().__init__(line.rstrip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
 def check_crop(crop: Crop, size: tuple[int, int]) -> None:
@@ -25,26 +47,58 @@ def check_crop(crop: Crop, size: tuple[int, int]) -> None:
         raise ValueError(f"crop=adm: cuts squares, not {size[0]}x{size[1]}; use crop=fit")
 
 
+def check_on_corrupt(on_corrupt: OnCorrupt) -> None:
+    """See to it that this is one of the two ways to treat broken files.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if on_corrupt not in ("fail", "skip"):
+        raise ValueError(f"on_corrupt={on_corrupt}: must be fail or skip")
+
+
 def to_grey_or_rgb(image: Image.Image, channels: int) -> Image.Image:
     """The image upright (EXIF orientation) in 8-bit grey (channels 1, luma of ITU-R 601) or RGB (channels 3).
 
-    Transparency is composited on white; 16-bit grey is scaled to 8 bits; palettes, CMYK and the rest go
-    through RGB.
+    Transparency is composited on white; 16 bits become 8 (grey is rounded, of colours Pillow keeps the upper byte);
+    palettes, CMYK and the rest go through RGB, without regard to colour profiles.
 
     Raises:
-        ValueError: if the pixels have no fixed range (32-bit integers or floats).
+        BrokenImageError: if the pixels have no fixed range (32-bit integers or floats).
     """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(np.round(np.asarray(image) / 257).astype(np.uint8))
+    turn = _orientation(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = _deep_grey(image)
     elif image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels have no fixed range")
+        raise BrokenImageError("has 32-bit pixels, which have no fixed range")
+    if turn in TURNS:
+        image = image.transpose(TURNS[turn])
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode not in ("L", "RGB"):
         image = image.convert("RGB")
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    """How the camera was held, of EXIF; notes that make no sense spoil no picture."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # of many kinds
+        return 1
+
+
+def _deep_grey(image: Image.Image) -> Image.Image:
+    """16-bit grey in 8 bits; what is transparent is white."""
+    tags = getattr(image, "tag_v2", {})  # of TIFF, which may fill fewer bits, and count from white
+    full = 2 ** tags.get(258, (16,))[0] - 1
+    values = np.asarray(image).astype(np.float64)
+    if tags.get(262) == 0:
+        values = full - values
+    if isinstance(transparent := image.info.get("transparency"), int):
+        values[values == transparent] = full
+    return Image.fromarray(np.round(values * 255 / full).astype(np.uint8))
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -62,6 +116,9 @@ def adm_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
     While it stays as large, the image is halved by averaging 2x2 pixels; then its shorter side is scaled to that of the
     square with the bicubic filter, to whole pixels, and the centre is cut out.
+
+    Raises:
+        BrokenImageError: if the image is so narrow that its longer side would get out of hand.
     """
     side = size[0]
     assert size == (side, side)
@@ -69,6 +126,7 @@ def adm_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
     width, height = (round(length * scale) for length in image.size)
+    _check_pixels(width, height, " when it is scaled")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2
     return image.crop((left, top, left + side, top + side))
@@ -76,6 +134,8 @@ def adm_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def decode(path: Path, *, channels: int, size: tuple[int, int], crop: Crop = "fit") -> Tensor:
     """Read an image file, scale it so that it covers `size` and cut out the centre.
+
+    What a file is, its first bytes say and not its name. Of several frames or pages the first is taken.
 
     Args:
         path: of the file.
@@ -87,10 +147,59 @@ def decode(path: Path, *, channels: int, size: tuple[int, int], crop: Crop = "fi
         uint8 of shape (channels, height, width).
 
     Raises:
-        Exception: of Pillow's many kinds, if the file is not a whole image.
+        BrokenImageError: if the file is missing, is no whole image of `KINDS`, or has more than `MAX_PIXELS` pixels.
     """
-    with Image.open(path) as image:
-        image.load()
-        plain = to_grey_or_rgb(image, channels)
-    plain = (adm_crop if crop == "adm" else fit)(plain, size)
+    try:
+        with _open(path) as file:
+            plain = to_grey_or_rgb(_load(file), channels)
+        plain = (adm_crop if crop == "adm" else fit)(plain, size)
+    except Exception as error:  # Pillow's decoders raise many kinds
+        name = str(path)
+        raise BrokenImageError(f"{name if name.isprintable() else ascii(name)} {_reason(error)}") from error
     return torch.from_numpy(np.array(plain)).reshape(*size, channels).permute(2, 0, 1).contiguous()
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The file, if there is something in it; a pipe would wait for ever."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise BrokenImageError("is no file")
+    if found.st_size == 0:
+        raise BrokenImageError("is empty")
+    return path.open("rb")
+
+
+def _load(file: IO[bytes]) -> Image.Image:
+    """The first frame of an image of `KINDS`; how large it is is looked at before it is decoded.
+
+    `Image.open` would not say how many pixels too large an image has.
+    """
+    Image.init()
+    start = file.read(16)
+    for kind in KINDS:
+        reader, accepts = Image.OPEN[kind]
+        if accepts is not None and accepts(start) is True:
+            file.seek(0)
+            image = reader(file, "")
+            _check_pixels(*image.size)
+            image.load()
+            return image
+    raise BrokenImageError(f"is no image ({', '.join(KINDS)})")
+
+
+def _check_pixels(width: int, height: int, when: str = "") -> None:
+    if width * height > MAX_PIXELS:
+        raise BrokenImageError(f"has {width}x{height} pixels{when}, more than {MAX_PIXELS:,}")
+
+
+def _reason(error: Exception) -> str:
+    """Why a file cannot be decoded, in a few plain words: what Pillow says may name objects by their addresses."""
+    if isinstance(error, BrokenImageError):
+        return str(error)
+    if isinstance(error, FileNotFoundError):
+        return "is missing"
+    if isinstance(error, OSError) and error.errno and error.strerror:
+        return f"cannot be read ({error.strerror.lower()})"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is"
+    return "is cut short" if "truncated" in str(error).lower() else "is damaged or cut short"

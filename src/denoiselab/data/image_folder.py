@@ -8,17 +8,16 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from denoiselab.condition import NULL_LABEL
 from denoiselab.data.datamodule import ImageDataModule, Split
-from denoiselab.data.dataset import ImageDataset
-from denoiselab.data.decoding import Crop, check_crop, decode
+from denoiselab.data.dataset import ImageDataset, LazyImages
+from denoiselab.data.decoding import BrokenImageError, Crop, OnCorrupt, check_crop, check_on_corrupt, decode
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 NAMED = 3  # broken files that a message names
@@ -47,6 +46,25 @@ def list_images(root: Path, below: str) -> list[str]:
     return sorted(names)
 
 
+def report_broken(broken: Sequence[str], total: int, on_corrupt: OnCorrupt, instead: str) -> None:
+    """Refuse the broken files of a folder, or warn of them once: how many of how many, and the first few by name.
+
+    Args:
+        broken: a line about each, at least one.
+        total: files that were looked at.
+        on_corrupt: the way to treat them.
+        instead: what is done if they are skipped.
+
+    Raises:
+        ValueError: if they are not to be skipped.
+    """
+    line = f"on_corrupt={on_corrupt}: {len(broken)} of {total} files cannot be decoded: {', '.join(broken[:NAMED])}"
+    line += ", ..." if len(broken) > NAMED else ""
+    if on_corrupt == "fail":
+        raise ValueError(f"{line}; repair or remove them, or set on_corrupt=skip")
+    rank_zero_only(log.warning)(f"{line}; {instead}")
+
+
 def choose_test(files: Sequence[File], fraction: float) -> set[str]:
     """The names of the files for testing: of each class, the given part with the lowest hash of the name.
 
@@ -64,7 +82,7 @@ def choose_test(files: Sequence[File], fraction: float) -> set[str]:
     return chosen
 
 
-class ImageFiles(ImageDataset):
+class ImageFiles(LazyImages):
     """Images that are decoded when they are asked for.
 
     Args:
@@ -75,6 +93,7 @@ class ImageFiles(ImageDataset):
         crop: how `decode` scales and cuts.
         flip: whether the draws of training are mirrored left to right with probability 1/2.
         seed: keys the mirroring.
+        on_corrupt: what to do about files that are broken later, or gone.
     """
 
     def __init__(
@@ -87,17 +106,27 @@ class ImageFiles(ImageDataset):
         crop: Crop = "fit",
         flip: bool = False,
         seed: int = 0,
+        on_corrupt: OnCorrupt = "fail",
     ) -> None:
-        super().__init__(flip=flip, seed=seed)
+        super().__init__(flip=flip, seed=seed, on_corrupt=on_corrupt)
         self.files, self.digests, self.channels, self.size, self.crop = files, digests, channels, size, crop
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.files)
 
-    def image(self, index: int) -> Tensor:
-        """Image `index`: uint8 of shape (C, H, W)."""
+    def path(self, index: int) -> Path:
+        """The file of image `index`."""
+        return self.files[index].path
+
+    def read(self, index: int) -> Tensor:
+        """Image `index` itself: uint8 of shape (C, H, W)."""
         return decode(self.files[index].path, channels=self.channels, size=self.size, crop=self.crop)
+
+    def peers(self, index: int) -> Sequence[int]:
+        """The images that have the class of image `index`."""
+        label = self.label(index)
+        return [other for other, file in enumerate(self.files) if file.label == label]
 
     def label(self, index: int) -> int:
         """The class of image `index`; `NULL_LABEL` where there are no classes."""
@@ -111,8 +140,9 @@ class ImageFiles(ImageDataset):
 class ImageFolder(ImageDataModule):
     """A folder of images of any size and kind, scaled and cut to one shape.
 
-    Every file is decoded once, in threads, when a split is first asked for or checked; which ones are broken
-    is decided then. Hidden files and files with other extensions than `EXTENSIONS` are ignored.
+    Every file is decoded once, in threads, when a split is first asked for or checked, and the fingerprint is
+    that of the pixels of the files that can be. Hidden files and files with other extensions than `EXTENSIONS`
+    are ignored.
 
     Args:
         root: the folder. With classes, each of its subfolders is one, in the order of their names, and
@@ -121,7 +151,8 @@ class ImageFolder(ImageDataModule):
             root.
         test_fraction: the part of root that is for testing if there is no test_root, in (0, 1).
         on_corrupt: what to do about files that cannot be decoded: "fail" refuses the folder, "skip" leaves
-            them out and says so in one warning.
+            them out and says so in one warning; for a file that breaks or vanishes later (without `cache`),
+            another one of its class stands in.
         cache: keep the decoded pixels in memory instead of decoding each image whenever it is drawn.
         channels: 1 (grey) or 3 (RGB): what the images are converted to.
         resolution: in pixels, one number or [height, width]: what the images are scaled and cut to.
@@ -140,7 +171,7 @@ class ImageFolder(ImageDataModule):
         root: str | None,
         test_root: str | None,
         test_fraction: float,
-        on_corrupt: Literal["fail", "skip"],
+        on_corrupt: OnCorrupt,
         cache: bool,
         channels: int,
         resolution: int | list[int],
@@ -166,8 +197,7 @@ class ImageFolder(ImageDataModule):
             raise ValueError("root=null: give a folder of images, datamodule.root=/path/to/images")
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction={test_fraction}: must be above 0 and below 1")
-        if on_corrupt not in ("fail", "skip"):
-            raise ValueError(f"on_corrupt={on_corrupt}: must be fail or skip")
+        check_on_corrupt(on_corrupt)
         self.root, self.test_root, self.test_fraction = root, test_root, test_fraction
         check_crop(crop, self.size)
         self.on_corrupt, self.cache, self.crop = on_corrupt, cache, crop
@@ -190,9 +220,9 @@ class ImageFolder(ImageDataModule):
         files = splits["train"] + splits["test"]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             results = dict(zip(files, pool.map(self._decode, files), strict=True))
-        broken = [f"{file.path} ({result})" for file, result in results.items() if isinstance(result, str)]
+        broken = [result for result in results.values() if isinstance(result, str)]
         if broken:
-            self._report(broken, len(files))
+            report_broken(broken, len(files), self.on_corrupt, "left out")
         sets: dict[Split, ImageDataset] = {}
         for split, members in splits.items():
             good = {f: r for f in members if not isinstance(r := results[f], str)}
@@ -211,6 +241,7 @@ class ImageFolder(ImageDataModule):
                     crop=self.crop,
                     flip=self.flip and split == "train",
                     seed=self.seed,
+                    on_corrupt=self.on_corrupt,
                 )
         return sets
 
@@ -218,19 +249,10 @@ class ImageFolder(ImageDataModule):
         """The hash of a file's pixels and, if they are kept, the pixels; or in one line why it has none."""
         try:
             pixels = decode(file.path, channels=self.channels, size=self.size, crop=self.crop)
-        except UnidentifiedImageError:
-            return "not an image"
-        except Exception as error:  # Pillow's decoders raise many kinds
-            return " ".join(str(error).split()) or type(error).__name__
+        except BrokenImageError as error:
+            return str(error)
         digest = hashlib.sha256(pixels.numpy().tobytes()).digest()
         return digest, pixels if self.cache else None
-
-    def _report(self, broken: Sequence[str], total: int) -> None:
-        what = f"{len(broken)} of {total} files cannot be decoded: " + ", ".join(broken[:NAMED])
-        what += ", ..." if len(broken) > NAMED else ""
-        if self.on_corrupt == "fail":
-            raise ValueError(f"on_corrupt=fail: {what}; repair or remove them, or set on_corrupt=skip")
-        rank_zero_only(log.warning)(f"on_corrupt=skip: {what}; left out")
 
     def _files(self) -> dict[Split, list[File]]:
         """The files of each split, broken ones among them: repairing a file moves no other."""

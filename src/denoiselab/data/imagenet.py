@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from denoiselab.condition import NULL_LABEL
 from denoiselab.data.datamodule import ImageDataModule, Split
-from denoiselab.data.dataset import ImageDataset
-from denoiselab.data.decoding import Crop, check_crop
+from denoiselab.data.dataset import ImageDataset, LazyImages
+from denoiselab.data.decoding import Crop, OnCorrupt, check_crop, check_on_corrupt
 from denoiselab.data.indexed import IndexedFiles, cache_folder
 from denoiselab.data.npz import NpzImages
 from denoiselab.data.order import permutation
@@ -22,28 +23,47 @@ WAYS = (
 )
 
 
-class Chosen(ImageDataset):
-    """Some of the images of another data set.
+class Chosen(LazyImages):
+    """Some of the images of another data set; what stands in for a broken one is among them.
 
     Args:
-        images: the others.
+        images: the others, with all `labels`.
         rows: which of them, int64 of shape (N,).
         labelled: whether the labels are theirs; else they are null.
         flip: whether the draws of training are mirrored left to right with probability 1/2.
         seed: keys the mirroring.
+        on_corrupt: what to do about an image that cannot be decoded.
     """
 
-    def __init__(self, images: ImageDataset, rows: np.ndarray, *, labelled: bool, flip: bool, seed: int) -> None:
-        super().__init__(flip=flip, seed=seed)
+    def __init__(
+        self,
+        images: IndexedFiles | NpzImages,
+        rows: np.ndarray,
+        *,
+        labelled: bool,
+        flip: bool,
+        seed: int,
+        on_corrupt: OnCorrupt,
+    ) -> None:
+        super().__init__(flip=flip, seed=seed, on_corrupt=on_corrupt)
         self.images, self.rows, self.labelled = images, rows, labelled
 
     def __len__(self) -> int:
         """The number of images."""
         return len(self.rows)
 
-    def image(self, index: int) -> Tensor:
-        """Image `index`: uint8 of shape (C, H, W)."""
+    def path(self, index: int) -> Path:
+        """The file that holds image `index`."""
+        return self.images.path(int(self.rows[index]))
+
+    def read(self, index: int) -> Tensor:
+        """Image `index` itself: uint8 of shape (C, H, W)."""
         return self.images.image(int(self.rows[index]))
+
+    def peers(self, index: int) -> Sequence[int]:
+        """The images that have the class of image `index`, whether labels are asked for or not."""
+        labels = self.images.labels[self.rows]
+        return np.flatnonzero(labels == labels[index]).tolist()
 
     def label(self, index: int) -> int:
         """The class of image `index`; `NULL_LABEL` where there are no classes."""
@@ -68,6 +88,11 @@ class ImageNet(ImageDataModule):
         test_root: a folder of class folders, or an npz file, with the images for testing; None takes those of root or, if
             it has none, a fixed part of the training images.
         test_fraction: that part, in (0, 1).
+        on_corrupt: what to do about a file that cannot be decoded, or is gone, when it is drawn: "fail" ends the run with
+            its name, "skip" shows another one of its class and says so, see `LazyImages`. Empty files are found, and
+            refused or named, at the start.
+        verify: decode every file once at the start, in threads: so the broken ones are found before training, and the
+            fingerprint is that of the pixels and not of the files' names and sizes. npz files always are read for it.
         crop: how files are scaled and cut: "adm" as ADM, DiT and SiT do it, to a square, or "fit" in one go.
         channels: 1 (grey) or 3 (RGB): what files are converted to.
         resolution: in pixels, one number or [height, width]: what files are scaled and cut to.
@@ -90,6 +115,8 @@ class ImageNet(ImageDataModule):
         num_classes: int,
         batch_size: int,
         seed: int,
+        on_corrupt: OnCorrupt = "fail",
+        verify: bool = False,
         num_workers: int = 0,
         flip: bool = False,
         eval_batch_size: int = 500,
@@ -107,8 +134,10 @@ class ImageNet(ImageDataModule):
         if not 0 < test_fraction < 1:
             raise ValueError(f"test_fraction={test_fraction}: must be above 0 and below 1")
         check_crop(crop, self.size)
+        check_on_corrupt(on_corrupt)
+        self.on_corrupt, self.verify = on_corrupt, verify
         self.root, self.test_root, self.test_fraction, self.crop = root, test_root, test_fraction, crop
-        self._opened: dict[Path, ImageDataset] = {}
+        self._opened: dict[Path, IndexedFiles | NpzImages] = {}
 
     def check(self) -> None:
         """See to it that both splits are there and that the first image of each can be read.
@@ -148,9 +177,10 @@ class ImageNet(ImageDataModule):
         if not len(rows):
             raise ValueError(f"root={self.root}: one image is not enough for two splits")
         flip = self.flip and split == "train"
-        return Chosen(images, rows, labelled=self.num_classes > 0, flip=flip, seed=self.seed)
+        labelled = self.num_classes > 0
+        return Chosen(images, rows, labelled=labelled, flip=flip, seed=self.seed, on_corrupt=self.on_corrupt)
 
-    def _open(self, key: str, paths: list[Path]) -> ImageDataset:
+    def _open(self, key: str, paths: list[Path]) -> IndexedFiles | NpzImages:
         """The images of a folder of class folders, or of npz files."""
         if paths[0] not in self._opened:
             try:
@@ -163,8 +193,16 @@ class ImageNet(ImageDataModule):
         return NpzImages(paths, channels=self.channels, size=self.size, num_classes=self.num_classes)
 
     def _files(self, folder: Path) -> IndexedFiles:
-        classes, cache = self._classes(folder), cache_folder()
-        return IndexedFiles(folder, classes, cache=cache, channels=self.channels, size=self.size, crop=self.crop)
+        return IndexedFiles(
+            folder,
+            self._classes(folder),
+            cache=cache_folder(),
+            channels=self.channels,
+            size=self.size,
+            crop=self.crop,
+            on_corrupt=self.on_corrupt,
+            verify=self.verify,
+        )
 
     def _classes(self, folder: Path) -> list[str]:
         """The class folders in a folder."""

@@ -16,10 +16,12 @@ import numpy as np
 from torch import Tensor
 
 from denoiselab.data.dataset import ImageDataset
-from denoiselab.data.decoding import Crop, decode
-from denoiselab.data.image_folder import EXTENSIONS
+from denoiselab.data.decoding import BrokenImageError, Crop, OnCorrupt, decode
+from denoiselab.data.image_folder import EXTENSIONS, report_broken
 
 SCHEMA = 1  # of the cache files
+PROBES = 1000  # files whose sizes are compared with a list that was kept
+BLOCK = 10_000  # files that are handed to the threads at a time
 _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
 
 
@@ -45,7 +47,8 @@ class Index(NamedTuple):
 def list_files(root: Path, classes: Sequence[str], cache: Path) -> Index:
     """The image files in the class folders of root, from the cache if none of the folders has changed since.
 
-    A cache that is damaged, or cannot be written, costs time only.
+    A folder changes when files are added, removed, renamed or replaced by others; not when one is written to in place,
+    so the sizes of `PROBES` files are looked at too. A cache that is damaged, or cannot be written, costs time only.
 
     Args:
         root: the folder of class folders.
@@ -57,8 +60,9 @@ def list_files(root: Path, classes: Sequence[str], cache: Path) -> Index:
     path = cache / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
     try:
         with np.load(path) as kept:
-            if kept["key"].item() == key:
-                return Index(kept["names"], kept["sizes"], kept["labels"])
+            known = Index(kept["names"], kept["sizes"], kept["labels"])
+            if kept["key"].item() == key and _sizes_hold(root, classes, known):
+                return known
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         pass
     with ThreadPoolExecutor(16) as pool:  # a network file system answers slowly, but many at once
@@ -75,7 +79,26 @@ def list_files(root: Path, classes: Sequence[str], cache: Path) -> Index:
 def _list(folder: Path) -> list[tuple[bytes, int]]:
     with os.scandir(os.fsencode(folder)) as entries:
         named = [e for e in entries if not e.name.startswith(b".") and e.name.lower().endswith(_ENDINGS)]
-        return sorted((e.name, e.stat().st_size) for e in named)
+        return sorted((e.name, _size(e)) for e in named)
+
+
+def _size(file: os.PathLike[bytes] | os.PathLike[str]) -> int:
+    """In bytes; 0 also where there is no such file, or a link leads nowhere."""
+    try:
+        return os.stat(file).st_size
+    except OSError:
+        return 0
+
+
+def _sizes_hold(root: Path, classes: Sequence[str], known: Index) -> bool:
+    """Whether `PROBES` of the files, evenly spaced, have the sizes that are known."""
+    probes = np.linspace(0, len(known.names) - 1, min(PROBES, len(known.names))).astype(int).tolist()
+
+    def holds(i: int) -> bool:
+        return _size(root / classes[known.labels[i]] / os.fsdecode(known.names[i])) == int(known.sizes[i])
+
+    with ThreadPoolExecutor(16) as pool:
+        return all(pool.map(holds, probes))
 
 
 def _keep(path: Path, key: str, found: Index) -> None:
@@ -93,6 +116,9 @@ def _keep(path: Path, key: str, found: Index) -> None:
 class IndexedFiles(ImageDataset):
     """The images of class folders, decoded when they are asked for.
 
+    What stands for an image in a fingerprint is its file's name and size, since to read a million files takes long: a
+    byte that changes within a file is not seen, nor that a file is broken. With `verify` it is the pixels.
+
     Args:
         root: the folder of class folders.
         classes: their names; the place of each is its label.
@@ -100,13 +126,25 @@ class IndexedFiles(ImageDataset):
         channels: 1 (grey) or 3 (RGB).
         size: (height, width) in pixels.
         crop: how `decode` scales and cuts.
+        on_corrupt: whether files that are found broken are refused ("fail") or only named ("skip"): that a file is empty,
+            its size tells.
+        verify: decode every file once, to find the broken ones and to know the pixels.
 
     Raises:
-        ValueError: if a class folder holds no images.
+        ValueError: if a class folder holds no images, or files are broken and not to be skipped.
     """
 
     def __init__(
-        self, root: Path, classes: Sequence[str], *, cache: Path, channels: int, size: tuple[int, int], crop: Crop
+        self,
+        root: Path,
+        classes: Sequence[str],
+        *,
+        cache: Path,
+        channels: int,
+        size: tuple[int, int],
+        crop: Crop,
+        on_corrupt: OnCorrupt = "fail",
+        verify: bool = False,
     ) -> None:
         super().__init__()
         self.root, self.classes = root, list(classes)
@@ -115,6 +153,16 @@ class IndexedFiles(ImageDataset):
         if empty.any():
             raise ValueError(f"{root / classes[int(empty.argmax())]} holds no images ({' '.join(EXTENSIONS)})")
         self.channels, self.size, self.crop = channels, size, crop
+        found = self._decode(np.arange(len(self)) if verify else np.flatnonzero(self.index.sizes == 0))
+        self.digests = b"".join(d if isinstance(d, bytes) else bytes(32) for d in found) if verify else None
+        broken = [line for line in found if isinstance(line, str)]
+        if broken:
+            report_broken(broken, len(self), on_corrupt, "others of their class stand in")
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The classes of all images, int64 of shape (N,)."""
+        return self.index.labels
 
     def __len__(self) -> int:
         """The number of images."""
@@ -128,21 +176,30 @@ class IndexedFiles(ImageDataset):
         """Image `index`: uint8 of shape (C, H, W).
 
         Raises:
-            ValueError: if its file cannot be decoded.
+            BrokenImageError: if its file cannot be decoded.
         """
-        path = self.path(index)
-        try:
-            return decode(path, channels=self.channels, size=self.size, crop=self.crop)
-        except Exception as error:  # Pillow's decoders raise many kinds
-            raise ValueError(
-                f"cannot decode {path} ({' '.join(str(error).split()) or type(error).__name__})"
-            ) from error
+        return decode(self.path(index), channels=self.channels, size=self.size, crop=self.crop)
 
     def label(self, index: int) -> int:
         """The class of image `index`."""
         return int(self.index.labels[index])
 
     def digest(self, index: int) -> bytes:
-        """SHA-256 of the name and size of file `index` and of what is made of it: to read a million files takes hours."""
+        """SHA-256 of the pixels if they were verified, else of the file's name and size and of what is made of it."""
+        if self.digests is not None:
+            return self.digests[32 * index : 32 * index + 32]
         name, size = self.index.names[index], self.index.sizes[index]
         return hashlib.sha256(f"{name} {size} {self.channels} {self.size} {self.crop}".encode()).digest()
+
+    def _decode(self, indices: np.ndarray) -> list[bytes | str]:
+        """The SHA-256 of each one's pixels, or in a line why it has none."""
+
+        def one(index: int) -> bytes | str:
+            try:
+                return hashlib.sha256(self.image(index).numpy().tobytes()).digest()
+            except BrokenImageError as error:
+                return str(error)
+
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            blocks = [indices[start : start + BLOCK].tolist() for start in range(0, len(indices), BLOCK)]
+            return [found for block in blocks for found in pool.map(one, block)]

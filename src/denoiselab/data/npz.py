@@ -132,6 +132,10 @@ class NpzImages(ImageDataset):
         """The number of images."""
         return len(self.labels)
 
+    def path(self, index: int) -> Path:
+        """The file that holds image `index`."""
+        return self.blocks[int(np.searchsorted(self.ends, index, side="right"))].path
+
     def image(self, index: int) -> Tensor:
         """Image `index`: uint8 of shape (C, H, W)."""
         block = int(np.searchsorted(self.ends, index, side="right"))
