@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from denoiselab.diffusion.noise import NoiseSource, philox4x32
+from denoiselab.diffusion.noise import NoiseSource, bits16, key_of, philox4x32
 
 
 @pytest.mark.parametrize(
@@ -66,6 +66,23 @@ def test_moments_and_independence():
     assert neighbours.abs().max() < 4 / math.sqrt(n)
     u = source(range(5000)).uniform("u").sort().values
     assert (u - (torch.arange(5000) + 0.5) / 5000).abs().max() < 1.63 / math.sqrt(5000)  # Kolmogorov, 1 %
+
+
+def test_16_bit_numbers_are_the_halves_of_the_words():
+    index, step = torch.tensor([4, 2**32 - 1]), torch.tensor(2**32 + 3)
+    drawn = bits16(13, index, step, key_of(7, "p"))
+    assert (drawn.shape, drawn.dtype) == ((2, 13), torch.int16)
+    counter = torch.tensor([[0, 1]]), index[:, None], torch.tensor(3), torch.tensor(1)
+    words = torch.cat(philox4x32(counter, key_of(7, "p")), dim=1)  # two blocks of each of four words
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten(1)[:, :13]
+    assert torch.equal(drawn.long() % 2**16, halves)
+
+
+def test_16_bit_numbers_are_uniform():
+    drawn = bits16(4000, torch.arange(100), torch.tensor(5), key_of(7, "p")).long() + 2**15
+    counts = torch.stack([torch.bincount(byte.flatten(), minlength=256) for byte in (drawn >> 8, drawn & 0xFF)])
+    chi2 = ((counts - 400_000 / 256) ** 2 / (400_000 / 256)).sum(1)
+    assert ((chi2 > 255 - 4 * 22.6) & (chi2 < 255 + 4 * 22.6)).all()  # of 255 degrees of freedom, ±4 deviations
 
 
 def test_the_global_generator_is_left_alone():

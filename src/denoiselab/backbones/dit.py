@@ -142,6 +142,8 @@ class DiT(nn.Module):
             raise ValueError(f"num_classes={num_classes}: must be at least 0")
         if depth < 1:
             raise ValueError(f"depth={depth}: must be at least 1")
+        if depth > 300:
+            raise ValueError(f"depth={depth}: must be at most 300")
         if num_heads < 1:
             raise ValueError(f"num_heads={num_heads}: must be at least 1")
         if mlp_ratio <= 0:
@@ -153,6 +155,10 @@ class DiT(nn.Module):
             raise ValueError(f"patch_size={patch_size}: must divide the resolution {height}x{width}")
         if hidden_size < 1 or hidden_size % num_heads or hidden_size % 4:
             raise ValueError(f"hidden_size={hidden_size}: must be a multiple of num_heads={num_heads} and of 4")
+        if hidden_size > 2**16:
+            raise ValueError(f"hidden_size={hidden_size}: must be at most {2**16:,}")
+        if not (mlp_ratio <= 1000 and int(mlp_ratio * hidden_size)):
+            raise ValueError(f"mlp_ratio={mlp_ratio}: must be at most 1000, and give a hidden size of at least 1")
 
         self.grid = (height // patch_size, width // patch_size)
         self.patch_size, self.frequency_shift = patch_size, frequency_shift

@@ -94,10 +94,14 @@ def check_unet(
         raise ValueError(f"num_classes={num_classes}: must be at least 0")
     if width < 4 or width % 2:
         raise ValueError(f"width={width}: must be even and at least 4")
+    if width > 2**16:
+        raise ValueError(f"width={width}: must be at most {2**16:,}")
     if not multipliers or min(multipliers) < 1:
         raise ValueError(f"multipliers={list(multipliers)}: must be one or more integers of at least 1")
     if blocks < 1:
         raise ValueError(f"blocks={blocks}: must be at least 1")
+    if blocks > 100:
+        raise ValueError(f"blocks={blocks}: must be at most 100")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be in [0, 1)")
 

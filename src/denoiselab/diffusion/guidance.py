@@ -15,7 +15,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from typing import Any, Self
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def unguided(denoiser: Denoiser) -> Denoiser:
     return denoiser
 
 
-def chain(denoiser: Denoiser, *, parts: dict[str, Any]) -> Denoiser:
+def chain(denoiser: Denoiser, *, parts: dict[str, Callable[..., Denoiser] | None]) -> Denoiser:
     """One guidance over the other, by any names, in order: each makes a denoiser of a denoiser; None leaves one out."""
     for part in parts.values():
         denoiser = denoiser if part is None else part(denoiser)
@@ -301,14 +302,14 @@ class Autoguidance(Contrast):
         denoiser: Denoiser,
         *,
         scale: float,
-        guide: Any = None,  # Denoiser | str | None; a string never gets here, see app/build.py
+        guide: Denoiser | str | None = None,  # a string never gets here, see app/build.py
         guide_weights: str | None = None,
         guide_sha256: str | None = None,
         sigma_min: float | None = None,
         sigma_max: float | None = None,
     ) -> None:
         super().__init__(denoiser, scale=scale, sigma_min=sigma_min, sigma_max=sigma_max)
-        if not callable(guide):
+        if guide is None or isinstance(guide, str):
             given = "null" if guide is None else guide
             raise ValueError(f"guide={given}: must be the run folder or the checkpoint file of a worse network")
         self.guide: Denoiser = guide

@@ -52,9 +52,27 @@ def hash64(*parts: int | str) -> int:
 
 
 @cache
-def _key(seed: int, purpose: str) -> tuple[int, int]:
+def key_of(seed: int, purpose: str) -> tuple[int, int]:
+    """The two 32-bit words that key the draws of a purpose."""
     bits = hash64(seed, purpose)
     return bits & _MASK, bits >> 32
+
+
+def bits16(count: int, index: Tensor, step: Tensor, key: tuple[int, int]) -> Tensor:
+    """Uniform 16-bit numbers from −32768 to 32767, eight of each counter: for draws that need many and no finer ones.
+
+    Args:
+        count: numbers per sample.
+        index: (B,) int64, which samples; as in `NoiseSource`.
+        step: int64 of shape (): a tensor, so that what calls this can be compiled once for all steps.
+        key: of `key_of`.
+
+    Returns:
+        An int16 tensor of shape (B, count).
+    """
+    block = torch.arange(-(-count // 8), device=index.device)[None, :]
+    words = philox4x32((block, index[:, None], step & _MASK, step >> 32), key)
+    return torch.cat([word.to(torch.int32) for word in words], dim=1).view(torch.int16)[:, :count]
 
 
 @dataclass(frozen=True)
@@ -85,7 +103,7 @@ class NoiseSource:
         step = torch.full_like(block[:, :1], self.step & _MASK)
         words = philox4x32(
             (block, self.index[:, None], step, torch.full_like(step, self.step >> 32)),
-            _key(self.seed, purpose),
+            key_of(self.seed, purpose),
         )
         flat = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :n]
         return flat.double().add_(0.5).mul_(2.0**-32).reshape(len(self.index), *shape)

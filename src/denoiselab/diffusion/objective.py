@@ -102,7 +102,7 @@ class Objective(nn.Module):
         return self.time_sampling.observes
 
     def observe(self, t: Time, loss: Float[Tensor, " N"]) -> None:
-        """Learn from the losses of a whole global batch, in order of place; to be called once per optimizer step."""
+        """Learn from the losses of a whole global batch, in order of place (NaN if the step did not count); once per step."""
         self.time_sampling.observe(self.path, t, loss)
 
     def denoiser(self, network: Network) -> NetworkDenoiser:

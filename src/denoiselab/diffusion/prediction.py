@@ -106,8 +106,8 @@ class EDM(Prediction):
     """
 
     def __init__(self, *, sigma_data: float = 0.5) -> None:
-        if not sigma_data > 0:
-            raise ValueError(f"sigma_data={sigma_data}: must be positive")
+        if not 1e-6 <= sigma_data <= 1e6:
+            raise ValueError(f"sigma_data={sigma_data}: must be positive, from 1e-6 to 1e6")
         self.sigma_data = sigma_data
 
     def ab(self, c: Coefficients) -> tuple[Time, Time]:

@@ -50,7 +50,10 @@ class TimeSampling(nn.Module):
         return torch.ones_like(t)
 
     def observe(self, path: Path, t: Time, loss: Float[Tensor, " N"]) -> None:
-        """Learn from the weighted losses of a whole global batch, in order of place; once per optimizer step."""
+        """Learn from the weighted losses of a whole global batch, in order of place; once per optimizer step.
+
+        They are NaN after a step that did not count.
+        """
 
 
 class Uniform(TimeSampling):
@@ -214,7 +217,7 @@ class LossImportance(TimeSampling):
         return (fraction * self.bins).long().clamp(0, self.bins - 1)
 
     def observe(self, path: Path, t: Time, loss: Float[Tensor, " N"]) -> None:
-        """Put each loss, without its weight, into the ring of its bin; infinite ones are left out."""
+        """Put each loss, without its weight, into the ring of its bin; what is not finite is left out."""
         loss = loss.to(self.losses.dtype) / self.weight(path, t)
         finite = loss.isfinite()  # one infinite loss would make all later times undefined
         loss, where = loss[finite], self._bin(path, t[finite])

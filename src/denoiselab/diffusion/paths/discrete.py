@@ -112,6 +112,8 @@ def _whole(steps: int) -> Tensor:
     """0, 1 … T − 1, on the CPU by name, also while configs are checked under `torch.device("meta")`."""
     if steps < 4:
         raise ValueError(f"steps={steps}: must be at least 4")
+    if steps > 100_000:
+        raise ValueError(f"steps={steps}: must be at most 100,000")
     return torch.arange(steps, dtype=torch.float64, device="cpu")
 
 

@@ -52,6 +52,7 @@ class Point(NamedTuple):
         return math.log(self.alpha / self.sigma) if self.alpha > 0 else -math.inf
 
 
+MOST = 100_000  # evaluations or steps that a sampler may be asked for
 CLEAN = Point(t=0.0, alpha=1.0, sigma=0.0, d_alpha=0.0, d_sigma=0.0)
 
 
@@ -104,8 +105,8 @@ class Sampler(ABC):
 
     Args:
         grid: where the times lie.
-        nfe: network evaluations per sample, guidance included: the largest number of steps that stays within it. At least 1.
-        steps: the number of steps instead; at least 1. Exactly one of the two is given.
+        nfe: network evaluations per sample, guidance included: the largest number of steps that stays within it, 1 to 100,000.
+        steps: the number of steps instead, 1 to 100,000. Exactly one of the two is given.
     """
 
     order: int = 1  # of convergence to the ODE between two times inside the path; with noise, of the moments
@@ -118,8 +119,8 @@ class Sampler(ABC):
         if (nfe is None) == (steps is None):
             raise ValueError(f"nfe={nfe}: give either nfe or steps (steps={steps})")
         for name, value in (("nfe", nfe), ("steps", steps)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
+            if value is not None and not 1 <= value <= MOST:
+                raise ValueError(f"{name}={value}: must be {'at least 1' if value < 1 else f'at most {MOST:,}'}")
         self.grid, self.nfe, self.steps = grid, nfe, steps
 
     @abstractmethod
