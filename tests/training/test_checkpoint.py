@@ -1,124 +1,51 @@
 from __future__ import annotations
 
-import errno
+import io
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from crashes import content_of
 from lightning.pytorch.callbacks import Callback
 from tiny import equal, fit, tiny_module, weights_of
 
+from denoiselab.training import saving
 from denoiselab.training.checkpoint import (
     SCHEMA,
-    AtomicCheckpointIO,
-    Checkpoints,
     checkpoints_of,
+    environment,
     load_checkpoint,
     network_weights,
     newest_checkpoint,
+    newest_valid,
+    step_name,
+    step_of,
+    verify,
+    written_step,
 )
+from denoiselab.training.checkpoint_io import write_checkpoint
 from denoiselab.training.ema import EMA
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_a_checkpoint_is_written_under_its_name_alone(tmp_path):
-    target = tmp_path / "new" / "step_1.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"a": torch.arange(3)}, target)
-    AtomicCheckpointIO().save_checkpoint({"a": torch.arange(4)}, target)
-    assert torch.equal(torch.load(target, weights_only=True)["a"], torch.arange(4))
-    assert names(target.parent) == ["step_1.ckpt"]
-
-
-def half_then_full(checkpoint, file):
-    file.write(b"half a checkpoint")
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def half_then_broken(checkpoint, file):
-    file.write(b"half a checkpoint")
-    raise RuntimeError("PytorchStreamWriter failed writing file")
-
-
-def never_flushed(descriptor):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize(
-    ("patched", "replacement", "error"),
-    [
-        ("torch.save", half_then_full, OSError),
-        ("torch.save", half_then_broken, RuntimeError),
-        ("os.fsync", never_flushed, OSError),  # where a full network disk says so
-    ],
-)
-def test_a_failed_save_keeps_the_old_file_and_leaves_nothing_else(tmp_path, monkeypatch, patched, replacement, error):
-    target = tmp_path / "step_0000001.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"a": 1}, target)
-    old = target.read_bytes()
-    monkeypatch.setattr(patched, replacement)
-    with pytest.raises(error):
-        AtomicCheckpointIO().save_checkpoint({"a": 2}, target)
-    assert target.read_bytes() == old
-    assert names(tmp_path) == ["step_0000001.ckpt"]
-
-
-def test_the_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
-    events = []
-    monkeypatch.setattr(os, "fsync", lambda descriptor: events.append("fsync"))
-    rename = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda a, b: (events.append("rename"), rename(a, b)))
-    AtomicCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "a.ckpt")
-    assert events == ["fsync", "rename", "fsync"]  # the file, then its name, then the folder that holds the name
-
-
-def test_what_a_killed_save_left_behind_is_no_checkpoint_and_in_nobodys_way(tmp_path):
-    left = tmp_path / "checkpoints" / ".step_0000002.ckpt.partial"
-    left.parent.mkdir()
-    left.write_bytes(b"half")
-    AtomicCheckpointIO().save_checkpoint({"a": 1}, left.with_name("step_0000001.ckpt"))
-    assert newest_checkpoint(tmp_path).name == "step_0000001.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"a": 2}, left.with_name("step_0000002.ckpt"))
-    assert names(left.parent) == ["step_0000001.ckpt", "step_0000002.ckpt"]
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_newest_are_kept(tmp_path, accumulate):
-    fit(tiny_module(), tmp_path, steps=7, accumulate=accumulate, callbacks=[Checkpoints(every=2, keep=3)])
-    expected = ["step_0000004.ckpt", "step_0000006.ckpt", "step_0000007.ckpt"]  # the end is saved too
-    assert names(tmp_path / "checkpoints") == expected
-    assert [path.name for path in checkpoints_of(tmp_path / "checkpoints")] == expected
+from denoiselab.training.saving import Checkpoints
 
 
 def test_steps_are_compared_as_numbers(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
-    for name in ("step_9999999.ckpt", "step_10000000.ckpt", "step_0000001.ckpt", "step_x.ckpt", "other.ckpt"):
-        (folder / name).touch()
+    for name in ("step_9999999.ckpt", "step_10000000.ckpt", "step_0000001.ckpt", "step_x.ckpt", "best.ckpt"):
+        write_checkpoint({"a": 1}, folder / name)
     assert newest_checkpoint(tmp_path).name == "step_10000000.ckpt"
-    assert len(checkpoints_of(folder)) == 3
+    assert [step_of(path) for path in checkpoints_of(folder)] == [1, 9999999, 10000000]
+    assert step_name(9999999) == "step_9999999.ckpt"
+    assert step_of(folder / "best.ckpt") is None
 
 
 def test_a_run_without_checkpoints(tmp_path):
     with pytest.raises(ValueError, match=re.escape(f"run={tmp_path}: has no checkpoint in checkpoints/")):
         newest_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"every": 0}, "every=0: must be at least 1"),
-        ({"every": 5, "keep": 1}, "keep=1: must be at least 2"),
-    ],
-)
-def test_bad_values(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Checkpoints(**arguments)
 
 
 def test_a_checkpoint_holds_raw_and_averaged_weights_as_plain_data(tmp_path):
@@ -130,6 +57,9 @@ def test_a_checkpoint_holds_raw_and_averaged_weights_as_plain_data(tmp_path):
     assert plain["schema"] == SCHEMA
     assert plain["config"] == config
     assert plain["ema_updates"] == 4
+    assert plain["environment"] == environment()
+    assert set(environment()) == {"python", "torch", "lightning", "denoiselab"}
+    assert {type(version) for version in environment().values()} == {str}
     assert set(plain["ema"]) == {"ema", "slow"}
     checkpoint = load_checkpoint(path)
     raw = weights_of(module)
@@ -173,7 +103,7 @@ def test_saving_while_an_average_is_applied_stores_raw_as_raw(tmp_path):
 
 
 def good_checkpoint(path):
-    AtomicCheckpointIO().save_checkpoint({"schema": SCHEMA, "state_dict": {"network.w": torch.zeros(1000)}}, path)
+    write_checkpoint(content_of(1, size=1000), path)
     return path
 
 
@@ -237,3 +167,174 @@ def test_another_layout(tmp_path, content, found):
     path = tmp_path / "a.ckpt"
     torch.save(content, path)
     assert refusal(path).endswith(f"layout {found} is not the layout {SCHEMA} that this version reads")
+
+
+def test_a_file_of_an_older_version_names_no_environment(tmp_path):
+    assert "environment" not in content_of(1)
+    assert load_checkpoint(good_checkpoint(tmp_path / "a.ckpt"))["global_step"] == 1
+
+
+def test_configs_of_older_checkpoints_name_the_callback_here():
+    from denoiselab.training import checkpoint
+
+    assert checkpoint.Checkpoints is saving.Checkpoints
+    with pytest.raises(AttributeError, match="has no attribute 'Others'"):
+        checkpoint.Others  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("config", None),
+        ("config", [1]),
+        ("ema", None),
+        ("ema_updates", 1.0),
+        ("ema_updates", True),
+        ("state_dict", "weights"),
+        ("global_step", None),
+    ],
+)
+def test_a_key_that_is_missing_or_of_another_type(tmp_path, key, value):
+    path, content = tmp_path / "a.ckpt", content_of(1)
+    for changed in ({k: v for k, v in content.items() if k != key}, content | {key: value}):
+        torch.save(changed, path)
+        assert refusal(path).endswith(f": has no {key}; it is damaged, or not of this program")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("state_dict", {"network.w": 1.0}, "state_dict"),
+        ("state_dict", {1: torch.zeros(1)}, "state_dict"),
+        ("ema", {"slow": {"w": "1"}}, "slow"),
+        ("ema", {"slow": torch.zeros(1)}, "slow"),
+    ],
+)
+def test_weights_that_are_no_tensors(tmp_path, key, value, named):
+    path = tmp_path / "a.ckpt"
+    torch.save(content_of(1) | {key: value}, path)
+    assert f": {named} is no dict of names and tensors" in refusal(path)
+
+
+@pytest.mark.parametrize("key", ["global_step", "ema_updates"])
+def test_counts_below_zero(tmp_path, key):
+    path = tmp_path / "a.ckpt"
+    torch.save(content_of(1) | {key: -1}, path)
+    assert f": {key} is -1" in refusal(path)
+
+
+def rezipped(path, change):
+    """A checkpoint whose archive is written anew, entry by entry, by `change(archive, entry, content)`."""
+    good_checkpoint(path)
+    written = io.BytesIO()
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(written, "w") as new:
+        for entry in old.infolist():
+            change(new, zipfile.ZipInfo(entry.filename), old.read(entry))
+    path.write_bytes(written.getvalue())
+    return path
+
+
+def unchanged(archive, entry, content):
+    entry.external_attr = 0
+    archive.writestr(entry, content)
+    archive.getinfo(entry.filename).external_attr = 0
+
+
+def compressed(archive, entry, content):
+    archive.writestr(entry.filename, content, zipfile.ZIP_DEFLATED)
+
+
+def bomb(archive, entry, content):
+    archive.writestr(entry.filename, content + bytes(10**6), zipfile.ZIP_DEFLATED)
+
+
+def renamed(name):
+    def change(archive, entry, content):
+        unchanged(archive, entry, content)
+        if entry.filename.endswith("/version"):
+            unchanged(archive, zipfile.ZipInfo(name), b"1")
+
+    return change
+
+
+def folder(archive, entry, content):
+    unchanged(archive, entry, content)
+    archive.getinfo(entry.filename).external_attr = 16 if entry.filename.endswith("data/0") else 0
+
+
+def overlapping(archive, entry, content):
+    """Two entries that share their bytes, so that together they are larger than the file."""
+    unchanged(archive, entry, content)
+    if entry.filename.endswith("data/0"):
+        twin = zipfile.ZipInfo("archive/twin")
+        twin.file_size = twin.compress_size = 10**6
+        twin.CRC, twin.header_offset = 0, 0
+        archive.filelist.append(twin)
+        archive.NameToInfo[twin.filename] = twin
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (compressed, "is compressed"),
+        (bomb, "is compressed"),
+        (renamed("/etc/cron.d/evil"), "'/etc/cron.d/evil' is an unsafe name"),
+        (renamed("archive/../../evil"), "'archive/../../evil' is an unsafe name"),
+        (renamed("archive\\..\\evil"), "is an unsafe name"),
+        (folder, "'archive/data/0' is no file"),
+        (renamed("archive/data.pkl"), "two entries of one name"),
+        (overlapping, "its entries are larger than the file"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_archives_that_torch_did_not_write(tmp_path, change, reason):
+    assert verify(rezipped(tmp_path / "a.ckpt", unchanged)) is None
+    path = rezipped(tmp_path / "a.ckpt", change)
+    assert reason in refusal(path)
+    assert refusal(path) == f"checkpoint={path}: {verify(path)}"
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_a_changed_tensor_is_found_by_its_checksum(tmp_path):
+    path = good_checkpoint(tmp_path / "a.ckpt")
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("archive/data/0").header_offset
+    content[start + 1000] ^= 1
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)  # does not see it
+    assert "the checksum of 'archive/data/0' differs" in refusal(path)
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "none"):
+        assert verify(path) is not None
+        assert written_step(path) is None
+
+
+def test_the_newest_good_one(tmp_path):
+    assert newest_valid(tmp_path) == (None, [])
+    assert newest_valid(tmp_path / "none") == (None, [])
+    for step in (1, 2, 3):
+        write_checkpoint(content_of(step), tmp_path / step_name(step))
+    assert newest_valid(tmp_path) == (tmp_path / step_name(3), [])
+    (tmp_path / step_name(3)).write_bytes(b"")
+    newest, damaged = newest_valid(tmp_path)
+    assert newest == tmp_path / step_name(2)
+    assert written_step(newest) == 2
+    assert damaged == [f"checkpoint={tmp_path / step_name(3)}: {verify(tmp_path / step_name(3))}"]
+    assert (tmp_path / step_name(3)).exists()
+
+
+def test_compiling_changes_no_key(tmp_path):
+    plain, compiled = tiny_module(), tiny_module()
+    compiled.network.compile(backend="eager")
+    for name, module in (("plain", plain), ("compiled", compiled)):
+        fit(module, tmp_path / name, steps=2, callbacks=[Checkpoints(every=100)])
+    one, other = (load_checkpoint(newest_checkpoint(tmp_path / name)) for name in ("plain", "compiled"))
+    assert compiled.network._compiled_call_impl is not None
+    assert one.keys() == other.keys()
+    assert one["ema"]["ema"].keys() == other["ema"]["ema"].keys()
+    assert equal(one["state_dict"], other["state_dict"])
+    fit(tiny_module(), tmp_path / "rest", steps=3, resume=newest_checkpoint(tmp_path / "compiled"))

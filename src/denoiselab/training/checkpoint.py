@@ -1,116 +1,113 @@
-"""Checkpoints: plain data, written so that a crash never costs the last good one.
+"""Reading checkpoints: plain data, checked before a byte of it is used. `checkpoint_io` writes them, `saving` decides when.
 
 A checkpoint is what Lightning saves (`state_dict` with the raw weights under `network.`, optimizer, loops) plus
 
-    schema   version of this layout
-    config   the resolved config, plain dicts
-    ema      {name: {parameter: float32 tensor}}, every average by its name
+    schema       version of this layout
+    config       the resolved config, plain dicts
+    ema          {name: {parameter: float32 tensor}}, every average by its name
     ema_updates
+    environment  {name: version} of what wrote it; only to be told to people, so files without it are of the same layout
 
-Lightning's own writer stages the file elsewhere and copies it over the old one; here the new file is complete and on disk
-before it takes its name.
+in the zip archive that torch.save writes. That holds a CRC-32 of every entry, which torch.load does not look at.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import os
+import platform
 import re
 import zipfile
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+
+import denoiselab
+from denoiselab.training.pickles import flaw_of_pickle
 
 SCHEMA = 1
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step_(\d+)\.ckpt")
+_ZIP = b"PK\x03\x04"
+_REQUIRED = {"config": dict, "ema": dict, "ema_updates": int, "state_dict": dict, "global_step": int}
+log = logging.getLogger(__name__)
 
 
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, flushes to disk, then renames."""
+def __getattr__(name: str) -> Any:
+    if name == "Checkpoints":  # the configs in older checkpoints name it here
+        from denoiselab.training.saving import Checkpoints
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write one checkpoint.
-
-        Raises:
-            OSError: if the disk is full or not writable; the target is then as it was.
-        """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.partial")
-        try:
-            with beside.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        finally:
-            beside.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        return Checkpoints
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class Checkpoints(Callback):
-    """Saves checkpoints/step_0000800.ckpt every `every` optimizer steps and at the end, and keeps the newest ones.
+def step_name(step: int) -> str:
+    """The file name of the checkpoint of a step."""
+    return f"step_{step:07d}.ckpt"
 
-    Args:
-        every: optimizer steps between checkpoints, at least 1.
-        keep: how many to keep, at least 2: one may be damaged.
-    """
 
-    def __init__(self, *, every: int, keep: int = 2) -> None:
-        if every < 1:
-            raise ValueError(f"every={every}: must be at least 1")
-        if keep < 2:
-            raise ValueError(f"keep={keep}: must be at least 2")
-        self.every, self.keep = every, keep
-        self._saved = 0
-
-    def _save(self, trainer: lightning.Trainer) -> None:
-        if trainer.global_step == self._saved:
-            return
-        self._saved = trainer.global_step
-        folder = Path(trainer.default_root_dir) / FOLDER
-        trainer.save_checkpoint(folder / f"step_{trainer.global_step:07d}.ckpt")
-        if trainer.is_global_zero:
-            for old in checkpoints_of(folder)[: -self.keep]:
-                old.unlink()
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Save when a multiple of `every` has just been reached."""
-        if trainer.global_step % self.every == 0 and trainer.global_step > 0:
-            self._save(trainer)
-
-    def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        """Save the end of the run."""
-        if trainer.global_step > 0:
-            self._save(trainer)
+def step_of(path: Path) -> int | None:
+    """The step in a checkpoint's file name; None if it is no such name."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest step first."""
-    found = {int(m[1]): p for p in folder.glob("step_*.ckpt") if (m := _NAME.fullmatch(p.name))}
+    """The checkpoints in a folder, oldest step first; good or not."""
+    found = {step: path for path in folder.glob("step_*.ckpt") if (step := step_of(path)) is not None}
     return [found[step] for step in sorted(found)]
 
 
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint of the last step in a folder that is good (None if none is), and a line on each damaged newer one."""
+    damaged: list[str] = []
+    for path in reversed(checkpoints_of(folder)):
+        reason = verify(path)
+        if reason is None:
+            return path, damaged
+        damaged.append(f"checkpoint={path}: {reason}")
+    return None, damaged
+
+
 def newest_checkpoint(run_dir: Path) -> Path:
-    """The checkpoint of the last step of a run.
+    """The checkpoint of the last step of a run that is good; each damaged newer one is warned of.
 
     Raises:
         ValueError: if the run has none.
     """
-    found = checkpoints_of(run_dir / FOLDER)
-    if not found:
-        raise ValueError(f"run={run_dir}: has no checkpoint in {FOLDER}/")
-    return found[-1]
+    newest, damaged = newest_valid(run_dir / FOLDER)
+    if newest is None:
+        why = f"no good checkpoint in {FOLDER}/; {'; '.join(damaged)}" if damaged else f"no checkpoint in {FOLDER}/"
+        raise ValueError(f"run={run_dir}: has {why}")
+    for line in damaged:
+        log.warning("%s; %s is taken instead", line, newest.name)
+    return newest
+
+
+def verify(path: Path) -> str | None:
+    """Why a file is no good as a checkpoint, in a few words; None if every byte of it is as it was written.
+
+    Checks the archive, the CRC-32 of every entry and that it unpickles as plain data; tensors are not kept in memory.
+    """
+    try:
+        _read(path, "meta")
+    except (OSError, ValueError) as error:
+        return _words(error)
+    return None
+
+
+def written_step(path: Path) -> int | None:
+    """The step that a good checkpoint says it is of, whatever its name; None if it is no good."""
+    try:
+        step = _read(path, "meta")["global_step"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -122,21 +119,89 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"checkpoint={path}: no such file")
     try:
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # torch.save writes a CRC-32 of every tensor; torch.load does not look at it
-            if archive.testzip() is not None:
-                raise ValueError("checksum differs")
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"checkpoint={path}: cannot be read as plain data; it is damaged, or no checkpoint") from error
-    if not isinstance(loaded, dict) or loaded.get("schema") != SCHEMA:
-        found = loaded.get("schema") if isinstance(loaded, dict) else None
-        raise ValueError(f"checkpoint={path}: layout {found} is not the layout {SCHEMA} that this version reads")
-    for key, kind in (("config", dict), ("ema", dict), ("state_dict", dict), ("global_step", int)):
-        if not isinstance(loaded.get(key), kind):
+        loaded = _read(path, "cpu")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint={path}: {_words(error)}") from error
+    schema = loaded.get("schema") if isinstance(loaded, dict) else None
+    if type(schema) is not int or schema != SCHEMA:
+        raise ValueError(f"checkpoint={path}: layout {schema!r} is not the layout {SCHEMA} that this version reads")
+    for key, kind in _REQUIRED.items():
+        if not isinstance(loaded.get(key), kind) or isinstance(loaded.get(key), bool):
             raise ValueError(f"checkpoint={path}: has no {key}; it is damaged, or not of this program")
+    for key in ("ema_updates", "global_step"):
+        if loaded[key] < 0:
+            raise ValueError(f"checkpoint={path}: {key} is {loaded[key]}; it is damaged, or not of this program")
+    for key, value in [("state_dict", loaded["state_dict"]), *loaded["ema"].items()]:
+        if not _is_weights(value):
+            raise ValueError(f"checkpoint={path}: {key} is no dict of names and tensors; it is not of this program")
     return loaded
+
+
+def _is_weights(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+
+
+def _read(path: Path, device: str) -> Any:
+    """What is in a file; on "meta" without the tensors' bytes.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: saying what is wrong with it.
+    """
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise ValueError("is no file")
+    with path.open("rb") as file:
+        try:  # of one open file: what is checked is what is loaded, even if the name is given to another meanwhile
+            why = _flaw_of_archive(file)
+            file.seek(0)
+            if why is None:
+                return torch.load(file, map_location=device, weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # damaged bytes end in any error that zipfile, the unpickler and torch know
+            why = type(error).__name__
+    raise ValueError(f"cannot be read as plain data ({why}); it is damaged, or no checkpoint")
+
+
+def _flaw_of_archive(file: BinaryIO) -> str | None:
+    """What is wrong with an archive that torch.save wrote; None if nothing is."""
+    if file.read(len(_ZIP)) != _ZIP:
+        return "no archive of torch.save"
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        for entry in entries:
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                return f"{entry.filename!r} is compressed"
+            if entry.is_dir() or entry.external_attr != 0:  # of a folder torch reads nothing, in silence
+                return f"{entry.filename!r} is no file"
+            name = PurePosixPath(entry.filename)
+            if name.is_absolute() or ".." in name.parts or "\\" in entry.filename:
+                return f"{entry.filename!r} is an unsafe name"
+        if len({entry.filename for entry in entries}) < len(entries):
+            return "two entries of one name"
+        if sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
+            return "its entries are larger than the file"
+        broken = archive.testzip()
+        if broken is not None:
+            return f"the checksum of {broken!r} differs"
+        flaws = (flaw_of_pickle(archive.read(entry)) for entry in entries if entry.filename.endswith(".pkl"))
+        return next(filter(None, flaws), None)
+
+
+def _words(error: OSError | ValueError) -> str:
+    """A reason in one line."""
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+@functools.cache
+def environment() -> dict[str, str]:
+    """The versions that a checkpoint is written with."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "lightning": lightning.__version__,
+        "denoiselab": denoiselab.__version__,
+    }
 
 
 def network_weights(checkpoint: dict[str, Any], weights: str) -> dict[str, Tensor]:
