@@ -1,12 +1,12 @@
 from __future__ import annotations
 
-import subprocess
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import pytest
 import torch
 
-from denoiselab.runs.checks import check_targets, check_types, check_value, locate
+from denoiselab.runs.checks import check_kind, check_types, check_value, locate, show
 from denoiselab.runs.errors import ConfigError
 
 
@@ -122,91 +122,108 @@ def test_a_value_alone():
         check_value("abc", int, "seed")
 
 
-def test_the_projects_own_pieces_are_trusted():
-    check_targets(
-        {
-            "backbone": {"_target_": "denoiselab.backbones.unet.UNet"},
-            "objective": {"path": {"_target_": "denoiselab.diffusion.paths.RectifiedFlow"}},
-            "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True},
-            "callbacks": [{"_target_": "denoiselab.training.monitor.TrainingMonitor"}],
-            "plain": {"list": [1, "os.system", None]},
-        },
-        [],
-    )
+# --- what nodes are built into ---
 
 
-REFUSED = [
-    "os.system",
-    "subprocess.run",
-    "builtins.eval",
-    "torch.load",
-    "torch.hub.load",
-    "torch.optimize.Evil",  # begins like torch.optim
-    "denoiselab.backbonesx.Evil",
-    "denoiselab.runs.folder.subprocess.run",
-    "denoiselab.runs.folder.git_state",  # runs commands
-    "denoiselab.runs.launch.launch",
-    "denoiselab.app.train.train",
-    "denoiselab.training.checkpoint.torch.load",
-    "denoiselab.training.checkpoint.Path",  # a trusted module's import of something else
-    "denoiselab.training.checkpoint.os.remove",
-    "denoiselab.evaluation.generate.dist.init_process_group",
-    "torch.optim.lr_scheduler.partial",
-    "os",
-    "",
-    None,
-    3,
-    ["os.system"],
-    {"_target_": "os.system"},
-]
+class Deeper(Inner):
+    pass
 
 
-@pytest.mark.parametrize("target", REFUSED, ids=str)
+class Other:
+    pass
+
+
+class Answers:
+    def answer(self, x: int) -> int:
+        return x
+
+
+class Oracle(Protocol):
+    size: int
+
+    def answer(self, x: int) -> int: ...
+
+
+def make_inner() -> Inner:
+    return Inner()
+
+
+def make_anything():
+    return Inner()
+
+
+def node(thing, late=False):
+    return {"_target_": f"{HERE}.{thing.__name__}"} | ({"_partial_": True} if late else {})
+
+
 @pytest.mark.parametrize(
-    "place",
+    ("value", "wanted"),
     [
-        lambda node: {"group": node},
-        lambda node: {"group": {"deep": [1, {"deeper": [node]}]}},
-        lambda node: {"group": {"_target_": "denoiselab.training.ema.EMA", "decays": node}},
-        lambda node: {"group": {"_args_": [node]}},
+        (node(Inner), Inner),
+        (node(Deeper), Inner),
+        (node(Deeper), Inner | None),
+        (node(make_inner), Inner),
+        (node(make_anything), Inner),  # it does not say
+        (node(Other), Any),
+        (node(Answers), Oracle),
+        (node(Inner, late=True), Callable[..., Inner]),
+        (node(make_inner, late=True), Callable[..., Inner]),
+        (
+            node(torch.nn.Identity) | {"_target_": "torch.nn.Identity"},
+            Callable[..., Inner],
+        ),  # a built one can be called
+        ([node(Inner), node(Deeper)], list[Inner]),
+        ({"a": node(Inner), "b": None}, dict[str, Inner | None]),
     ],
-    ids=["top", "deep", "argument", "args"],
 )
-def test_other_targets_are_refused_without_being_run(monkeypatch, target, place):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("was run"))
-    with pytest.raises(ConfigError, match=r"_target_=.*(not trusted|cannot be imported)") as caught:
-        check_targets(place({"_target_": target, "command": "touch x"}), [])
+def test_nodes_of_the_kind_that_is_wanted(value, wanted):
+    check_kind(value, wanted, "a.b")
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "line"),
+    [
+        (node(Other), Inner, f"a.b._target_={HERE}.Other: must be a Inner"),
+        (node(Inner), Deeper, "must be a Deeper"),
+        (node(Inner), Deeper | Other | None, "must be a Deeper or a Other"),
+        (node(make_inner), Deeper, "must be a Deeper"),
+        (node(Other), float, "must be a number"),
+        (node(Other), str | None, "must be text"),
+        (node(Other), Oracle, "must be a Oracle"),
+        (node(Inner, late=True), Inner, "must be a Inner"),
+        (node(Other, late=True), Callable[..., Inner], "something that makes a Inner, with _partial_: true"),
+        (node(Inner), Callable[..., Inner], "something that makes a Inner, with _partial_: true"),
+        ([node(Inner), node(Other)], list[Inner], rf"a.b\[1\]._target_={HERE}.Other: must be a Inner"),
+        ({"x": node(Other)}, dict[str, Inner | None], f"a.b.x._target_={HERE}.Other: must be a Inner"),
+        ({"x": node(Inner), "y": 3}, dict[str, Inner], "a.b.y=3: must be"),
+    ],
+)
+def test_nodes_of_another_kind(value, wanted, line):
+    with pytest.raises(ConfigError, match=line):
+        check_kind(value, wanted, "a.b")
+    with pytest.raises(ConfigError, match="group.inner._target_=.*must be a Inner"):
+        check_types({"group": GOOD | {"inner": node(Other)}})
+
+
+def test_whether_it_is_built_late_is_true_or_false():
+    with pytest.raises(ConfigError, match="group._partial_=yes: must be true or false"):
+        check_types({"group": INNER | {"_partial_": "yes"}})
+
+
+@pytest.mark.parametrize("key", ["_args_", "_recursive_", "_convert_"])
+def test_hydras_other_words_are_no_keys(key):
+    with pytest.raises(ConfigError, match=f"group.{key}=.*no such key"):
+        check_types({"group": GOOD | {key: [1]}})
+
+
+@pytest.mark.parametrize("target", ["builtins.dict", ".x", "..x.y", "os.", "x y.z", "a..b"])
+def test_odd_targets_end_in_one_line(target):
+    with pytest.raises(ConfigError, match="group._target_=") as caught:
+        check_types({"group": {"_target_": target, "a": 1}})
     assert "\n" not in str(caught.value)
 
 
-def test_a_refused_module_is_not_even_imported(tmp_path, monkeypatch):
-    (tmp_path / "hostile_module.py").write_text("raise SystemExit('imported')\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match="hostile_module.Thing: is not trusted"):
-        check_targets({"a": {"_target_": "hostile_module.Thing"}}, [])
-    with pytest.raises(SystemExit, match="imported"):
-        check_targets({"a": {"_target_": "hostile_module.Thing"}}, ["hostile_module"])
-
-
-def test_users_add_their_own_packages():
-    node = {"group": {"_target_": f"{HERE}.Outer"}}
-    with pytest.raises(ConfigError, match=f"group._target_={HERE}.Outer: is not trusted"):
-        check_targets(node, [])
-    check_targets(node, [HERE])
-    with pytest.raises(ConfigError, match="os.system"):
-        check_targets({"group": {"_target_": "os.system"}}, [HERE])
-
-
-# A checkpoint is no YAML: weights_only=True lets tuples through, and Hydra builds what is inside them.
-def test_a_tuple_hides_nothing():
-    with pytest.raises(ConfigError, match="not trusted"):
-        check_targets({"group": ({"_target_": "torch.load", "f": "evil.pt", "weights_only": False},)}, [])
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["${oc.create:'{_target_: torch.load, f: evil.pt, weights_only: false}'}", "${oc.env:HOME}", "a/${oc.env:HOME}"],
-)
-def test_an_interpolation_in_a_stored_config_is_refused(text):
-    with pytest.raises(ConfigError, match="group.path="):
-        check_targets({"group": {"path": text}}, [])
+def test_values_are_shown_in_one_line_and_not_at_any_length():
+    assert show("a\nb\x1b[31m\u202e") == "a\\nb\\x1b[31m\\u202e"
+    assert len(show("x" * 10**6)) < 200
+    assert (show(None), show(True), show(["a"])) == ("null", "true", "['a']")

@@ -10,22 +10,26 @@ import difflib
 import importlib
 import inspect
 import json
+import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
 from denoiselab.runs.errors import ConfigError
 
-SPECIAL = ("_target_", "_partial_", "_convert_", "_recursive_")
-ROOMS = ("backbones", "codecs", "data", "diffusion", "evaluation", "training")
-TRUSTED = (*(f"denoiselab.{room}" for room in ROOMS), "torch.optim")
+SPECIAL = ("_target_", "_partial_")
+PLAIN = {float: "a number", int: "an integer", bool: "true or false", str: "text", type(None): "null"}
+SHOWN = 160  # characters of a value in a message
 
 
 def show(value: Any) -> str:
-    """A value as one would type it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    """A value as one would type it, in one line and not at any length."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if len(text) > SHOWN:
+        text = f"{text[: SHOWN // 2]}...{text[-SHOWN // 4 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def locate(target: Any, path: str) -> Any:
@@ -40,46 +44,11 @@ def locate(target: Any, path: str) -> Any:
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key}: cannot be imported ({error})") from error
+    except Exception as error:  # importing somebody's module may raise anything
+        raise ConfigError(f"{key}: cannot be imported ({show(error)})") from error
     if not callable(found):
         raise ConfigError(f"{key}: must be a class or function")
     return found
-
-
-def check_targets(node: Any, trust: Iterable[str], path: str = "") -> None:
-    """Refuse targets outside the allow-list, before anything of a foreign config is imported or built.
-
-    A target must be named below, and be defined below, a trusted package: a trusted module's import of something else
-    (`denoiselab.runs.folder.subprocess.run`) is not.
-
-    Raises:
-        ConfigError: naming the first one.
-    """
-    allowed = (*TRUSTED, *trust)
-
-    def below(name: Any) -> bool:
-        return isinstance(name, str) and any(name == a or name.startswith(f"{a}.") for a in allowed)
-
-    if isinstance(node, dict):
-        if "_target_" in node:
-            target = node["_target_"]
-            refused = (
-                f"{path}._target_={target}: is not trusted; allowed are {', '.join(allowed)}, and what trust=[...] adds"
-            )
-            if not below(target):
-                raise ConfigError(refused)
-            if not below(getattr(locate(target, path), "__module__", None)):
-                raise ConfigError(refused)
-        for key, value in node.items():
-            check_targets(value, trust, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list | tuple):  # a checkpoint may hold tuples, and Hydra builds what is in them
-        for i, value in enumerate(node):
-            check_targets(value, trust, f"{path}[{i}]")
-    elif isinstance(node, str) and "${" in node:  # Hydra would resolve it, to a node to be built for example
-        raise ConfigError(f"{path}={node}: must be resolved")
-    elif not (node is None or isinstance(node, str | int | float)):
-        raise ConfigError(f"{path}={node}: must be plain data")
 
 
 def check_types(node: Any, path: str = "") -> None:
@@ -105,18 +74,22 @@ def check_types(node: Any, path: str = "") -> None:
 
 def _check_call(node: dict[str, Any], path: str) -> None:
     target = locate(node["_target_"], path)
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}._target_={show(node['_target_'])}: does not say what it takes") from error
     hints = _hints(target)
+    check_value(node.get("_partial_", False), bool, f"{path}._partial_")
     given = {key: value for key, value in node.items() if key not in SPECIAL}
     for key, value in given.items():
         if key not in parameters:
             raise ConfigError(f"{path}.{key}={show(value)}: {_unknown(key, parameters)}")
-        if not _is_node(value):
-            check_value(value, hints.get(key, Any), f"{path}.{key}")
+        check_kind(value, hints.get(key, Any), f"{path}.{key}")
     if node.get("_partial_"):
         return
     for key, parameter in parameters.items():
-        if parameter.default is parameter.empty and parameter.kind == parameter.KEYWORD_ONLY and key not in given:
+        needed = parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if needed and parameter.default is parameter.empty and key not in given:
             raise ConfigError(f"{path}.{key}: is missing; {node['_target_']} needs it")
 
 
@@ -141,19 +114,95 @@ def _hints(target: Any) -> dict[str, Any]:
         return {}
 
 
+def check_kind(value: Any, annotation: Any, path: str) -> None:
+    """Check that what a value's nodes are to be built into is of the annotated kind; plain values as `check_value` does.
+
+    Raises:
+        ConfigError: if it is of another kind.
+    """
+    if not _is_node(value):
+        check_value(value, annotation, path)
+        return
+    options = _options(annotation)
+    if isinstance(value, dict) and "_target_" in value:
+        if not any(_makes(value, option, path) for option in options):
+            kinds = [_kind(option) for option in options if option is not type(None)]
+            raise ConfigError(f"{path}._target_={value['_target_']}: must be {' or '.join(kinds)}")
+        return
+    wanted = list if isinstance(value, list) else dict
+    parts = {f"[{i}]": v for i, v in enumerate(value)} if wanted is list else {f".{k}": v for k, v in value.items()}
+    inside = next((typing.get_args(option)[-1] for option in options if typing.get_origin(option) is wanted), Any)
+    for key, part in parts.items():
+        check_kind(part, inside, f"{path}{key}")
+
+
+def _only_built(annotation: Any) -> bool:
+    """Whether no plain value can be that, and pydantic cannot tell."""
+    return getattr(annotation, "_is_protocol", False) or typing.get_origin(annotation) is Callable
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+def _makes(node: dict[str, Any], wanted: Any, path: str) -> bool:
+    """Whether a node can make what is wanted, as far as annotations tell."""
+    origin, late = typing.get_origin(wanted), bool(node.get("_partial_"))
+    if wanted in PLAIN or origin in (typing.Literal, list, dict, tuple):
+        return False
+    if origin is Callable:
+        if not late:
+            return _is_a(_made(node, path), Callable)
+        wanted = typing.get_args(wanted)[-1]
+    elif inspect.isclass(wanted) and late:
+        return False
+    return _is_a(_made(node, path), typing.get_origin(wanted) or wanted)
+
+
+def _made(node: dict[str, Any], path: str) -> Any:
+    """The class of what a node is built into; Any where a function does not say."""
+    target = locate(node["_target_"], path)
+    if inspect.isclass(target):
+        return target
+    made = _hints(target).get("return", Any)
+    return typing.get_origin(made) or made
+
+
+def _is_a(made: Any, wanted: Any) -> bool:
+    if not (inspect.isclass(made) and inspect.isclass(wanted)) or Any in (made, wanted):
+        return True
+    if not getattr(wanted, "_is_protocol", False):
+        return issubclass(made, wanted)
+    names = [key for key, value in vars(wanted).items() if inspect.isfunction(value) and key != "__init__"]
+    return all(any(name in vars(base) for base in made.__mro__) for name in names)
+
+
+def _kind(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Callable:
+        return f"something that makes {_kind(typing.get_args(annotation)[-1])}, with _partial_: true"
+    return _name(annotation) if annotation in PLAIN else f"a {getattr(annotation, '__name__', annotation)}"
+
+
 def check_value(value: Any, annotation: Any, path: str) -> None:
     """Check one value strictly: "3" is no number, 3.5 no integer, an integer may stand for a float.
 
     Raises:
         ConfigError: if it is of another type.
     """
+    plain = [option for option in _options(annotation) if not _only_built(option)]
     try:
-        config = None if inspect.isclass(annotation) else ConfigDict(arbitrary_types_allowed=True)
-        adapter = TypeAdapter(annotation, config=config)
+        if not plain:
+            raise TypeError
+        kind: Any = typing.Union[tuple(plain)]  # noqa: UP007  # of a list
+        config = None if inspect.isclass(kind) else ConfigDict(arbitrary_types_allowed=True)
+        adapter: TypeAdapter[Any] = TypeAdapter(kind, config=config)
     except (PydanticSchemaGenerationError, PydanticUserError, TypeError, NameError):
-        if not inspect.isclass(annotation) or isinstance(value, dict):
+        if plain and not inspect.isclass(annotation):
             return
         group = path.replace(".", "/")  # something to be built, which no plain value can be
+        if isinstance(value, dict):
+            raise ConfigError(f"{path}._target_: is missing; choose the whole with {group}=<choice>") from None
         raise ConfigError(f"{path}={show(value)}: must be chosen as a group, {group}={show(value)}") from None
     try:
         adapter.validate_json(json.dumps(value), strict=True)  # JSON's arrays may stand for tuples
@@ -163,9 +212,8 @@ def check_value(value: Any, annotation: Any, path: str) -> None:
 
 def _name(annotation: Any) -> str:
     """An annotation as a person would say it."""
-    plain = {float: "a number", int: "an integer", bool: "true or false", str: "text", type(None): "null"}
-    if annotation in plain:
-        return plain[annotation]
+    if annotation in PLAIN:
+        return PLAIN[annotation]
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Literal:
         return ("one of " if len(arguments) > 1 else "") + ", ".join(map(show, arguments))
@@ -175,7 +223,9 @@ def _name(annotation: Any) -> str:
         return "a list of " + " and ".join(plural.get(kind, kind) for kind in kinds)
     if origin is dict:
         return f"a mapping to {_name(arguments[1])}"
+    if origin is Callable:
+        return _kind(annotation)
     if arguments:
-        names = [_name(a) for a in arguments if inspect.isclass(a) is False or a in plain]
+        names = [_name(a) for a in arguments if inspect.isclass(a) is False or a in PLAIN]
         return " or ".join(dict.fromkeys(names)) or str(annotation)
     return getattr(annotation, "__name__", str(annotation))
