@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install prefetch train sample evaluate compare certify frontier study convert test test-slow check format clean
+.PHONY: help install prefetch train sample evaluate compare certify frontier study replay convert test test-slow check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -42,6 +42,9 @@ frontier: $(INSTALLED)  ## quality against evaluations and seconds, of the newes
 
 study: $(INSTALLED)  ## what texts predict, measured; ARGS="study=guidance" or copying
 	$(BIN)/python scripts/study.py $(ARGS)
+
+replay: $(INSTALLED)  ## train the newest run again from its folder, and compare; ARGS="run=<run> steps=100"
+	$(BIN)/python scripts/replay.py $(ARGS)
 
 convert: $(INSTALLED)  ## weights from and for elsewhere; ARGS="run=<run> to=diffusers output=<folder>"
 	$(BIN)/python scripts/convert.py $(ARGS)

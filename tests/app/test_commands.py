@@ -68,14 +68,16 @@ def test_a_run_is_made_in_the_working_folder(trained, tiny_run):
 
 
 def test_a_run_holds_all_that_is_needed_to_know_what_ran(tiny_run):
-    made = {"checkpoints", "samples", "wandb", "train.log", "metrics.csv", "metrics.jsonl"}
+    made = {"checkpoints", "samples", "wandb", "train.log", "metrics.csv", "metrics.jsonl", "trace.csv"}
+    made |= {"id", "starts.jsonl", ".lock"}
     assert {path.name for path in tiny_run.iterdir()} == made | {
         "config.json",
         "command.json",
         "versions.json",
         "summary.json",
     }
-    assert [path.name for path in (tiny_run / "checkpoints").iterdir()] == ["step_0000004.ckpt"]
+    saved = {path.name for path in (tiny_run / "checkpoints").iterdir()}
+    assert saved - {"best.ckpt", "best.json"} == {"step_0000004.ckpt"}
     assert files_below(tiny_run / "samples") == [
         "step_0000004_ema.png",
         "step_0000004_ema_closest.png",
@@ -163,7 +165,7 @@ def test_a_multirun_is_one_run_after_the_other(tmp_path):
         assert json.loads((run / "summary.json").read_text())["status"] == "finished"
         assert override in json.loads((run / "command.json").read_text())["overrides"]
         (dashboard,) = run.glob("wandb/offline-run-*")
-        assert dashboard.name.endswith(run.name)
+        assert dashboard.name.endswith((run / "id").read_text().strip())
     assert (first / "summary.json").stat().st_mtime_ns <= (second / "config.json").stat().st_mtime_ns
 
 

@@ -48,7 +48,7 @@ def take_a_step(config, run_dir):
         the parts, the loss, how many parameters the step changed, the samples and what they cost.
     """
     parts, training = make_training(config)
-    module = make_module(config, parts, training, make_network(config))
+    module = make_module(config, parts, training, make_network(config), {"train": "0" * 64, "test": "0" * 64})
     module.trainer = training.settings.build(run_dir, [], [])
     optimizer = module.configure_optimizers()["optimizer"]
     before = {key: p.detach().clone() for key, p in module.network.named_parameters()}

@@ -79,7 +79,7 @@ def test_parts_are_replaced_and_left_out_on_the_command_line():
         ("guidance=cfg_rescale guidance.parts.cfg.scal=1", ["guidance.parts.cfg.scal=1: ", "did you mean scale?"]),
         (
             "guidance=cfg_rescale guidance.parts.rescale=0.7",
-            ["guidance.parts.rescale=0.7: ", "must be a guidance, or null"],
+            ["guidance.parts.rescale=0.7: ", "must be something that makes a Denoiser", "or null"],
         ),
         ("guidance=cfg_rescale ~guidance.parts.cfg", ["guidance.parts.rescale.denoiser=NetworkDenoiser: ", "cfg, apg"]),
         ("guidance=cfg_rescale ~guidance.parts", ["guidance.parts: is missing"]),
@@ -97,7 +97,7 @@ def test_parts_are_replaced_and_left_out_on_the_command_line():
         ("guidance=cfg_pp guidance.scale=1.0 objective.label_dropout=0 sampler=ddim", ["guidance.scale=1.0: "]),
         ("guidance=autoguidance", ["guidance.guide=null: ", "run folder or the checkpoint file"]),
         ("guidance=autoguidance guidance.guide=missing", ["guidance.guide=missing: ", "no such file"]),
-        ("guidance=autoguidance guidance.guide=3", ["guidance.guide=3: ", "run folder"]),
+        ("guidance=autoguidance guidance.guide=3", ["guidance.guide=3: ", "text or null"]),
     ],
 )
 def test_a_mistake_is_named_where_it_stands(typed, words, tmp_path):

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
+from denoiselab.training.history import CSVLogger
 from denoiselab.training.logs import (
-    csv_logger,
     finish,
     log_image,
     log_metrics,
@@ -58,12 +59,16 @@ def test_wandb_mode(tmp_path, monkeypatch, wandb_runs, environment, mode, logged
 
 def test_the_wandb_run_is_named_after_its_folder_and_written_soon(tmp_path, wandb_runs):
     options = {"project": "p", "entity": "e", "tags": ["a", "b"], "notes": "n"}
+    (tmp_path / "run-1").mkdir()
     (logger,) = wandb_logger(run_dir=tmp_path / "run-1", name="shown", **options)
     assert isinstance(logger, WandbLogger)
     (arguments,) = wandb_runs
-    assert arguments["id"] == "run-1"
+    assert re.fullmatch(r"run-1-[0-9a-f]{8}", arguments["id"])
+    wandb_logger(run_dir=tmp_path / "run-1", name="shown", **options)
+    assert wandb_runs.pop()["id"] == arguments["id"]  # a resumed run is the same W&B run
     assert arguments["name"] == "shown"
     assert arguments["dir"] == tmp_path / "run-1"
+    assert arguments["resume"] == "allow"
     assert {key: arguments[key] for key in options} == options
     assert arguments["settings"].x_transaction_log_flush_interval <= 1
     assert arguments["defined"]["*"]["step_metric"] == "trainer/global_step"
@@ -73,14 +78,6 @@ def test_other_ranks_start_no_wandb_run(tmp_path, monkeypatch, wandb_runs):
     monkeypatch.setenv("RANK", "1")
     wandb_logger(run_dir=tmp_path, name="a")
     assert wandb_runs == []
-
-
-def test_metrics_csv_is_complete_after_every_row(tmp_path):
-    logger = csv_logger(tmp_path)
-    log_metrics(trainer_with(logger), {"a": 1.5})
-    assert (tmp_path / "metrics.csv").read_text().split() == ["a,step", "1.5,7"]
-    log_metrics(trainer_with(logger, step=8), {"b": 2.0})  # a new column in the middle of a run
-    assert (tmp_path / "metrics.csv").read_text().split() == ["a,b,step", "1.5,,7", ",2.0,8"]
 
 
 def test_other_ranks_say_nothing(tmp_path):
@@ -93,10 +90,10 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (logger,) = tensorboard_logger(run_dir=tmp_path, name="any")
-    trainer = trainer_with(logger, csv_logger(tmp_path))
+    trainer = trainer_with(logger, CSVLogger(tmp_path))
     log_metrics(trainer, {"train/loss": 0.5})
     log_image(trainer, "samples/raw", Image.new("L", (6, 4)))
-    finish(trainer, {"status": "finished"}, failed=False)
+    finish(trainer, {}, "finished")
     logger.experiment.flush()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(7, 0.5)]
@@ -107,3 +104,31 @@ def test_tensorboard_gets_numbers_and_pictures(tmp_path):
 def test_no_logger_is_none(tmp_path):
     assert no_logger(run_dir=tmp_path, name="a") == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "preempting"),
+    [
+        ("finished", 0, False),
+        ("failed", 1, False),
+        ("stopped", 1, False),
+        ("preempted", 1, True),
+        ("interrupted", 255, False),
+    ],
+)
+def test_wandb_is_told_how_a_run_ended(status, code, preempting):
+    said = []
+
+    class Run:
+        summary = SimpleNamespace(update=said.append)
+
+        def mark_preempting(self):
+            said.append("preempting")
+
+        def finish(self, exit_code):
+            said.append(exit_code)
+
+    logger = WandbLogger.__new__(WandbLogger)
+    logger._experiment = Run()
+    finish(trainer_with(logger), {"fid": 3.0}, status)
+    assert said == [{"fid": 3.0, "status": status}, *(["preempting"] if preempting else []), code]

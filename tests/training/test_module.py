@@ -80,20 +80,6 @@ def test_another_seed_gives_other_times_and_noise(tmp_path):
         assert not torch.equal(noise[0].drawn[0, place], noise[1].drawn[0, place])
 
 
-def test_dropout_depends_on_seed_and_step_alone(tmp_path):
-    module = tiny_module(dropout=0.5)
-    batch = next(iter(TinyData().train_dataloader()))
-
-    def loss(step, batch_idx, accumulate=1, rank=0):
-        module.trainer = SimpleNamespace(global_step=step, accumulate_grad_batches=accumulate, global_rank=rank)
-        torch.rand(5)
-        return float(module.training_step(batch, batch_idx)["loss"])
-
-    assert loss(3, 3) == loss(3, 3) == loss(3, 17)  # a resumed run counts its batches anew
-    assert loss(3, 0, accumulate=2) != loss(3, 1, accumulate=2)
-    assert loss(3, 0) != loss(3, 0, rank=1)
-
-
 def test_accumulation_draws_the_same_and_gives_the_same_losses(tmp_path):
     noise = [RecordedNoise(), RecordedNoise()]
     whole, seen = trained(tmp_path, objective=tiny_objective(coupling=noise[0]))

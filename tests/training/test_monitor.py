@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ from tiny import TinyData, fit, tiny_module, tiny_objective
 from denoiselab.data.dataset import InMemoryImages
 from denoiselab.diffusion.paths import Cosine, DDPMLinear, RectifiedFlow
 from denoiselab.diffusion.prediction import V
-from denoiselab.training.monitor import EDGES, NoiseLevelValidation, TrainingMonitor, bin_names
+from denoiselab.training.history import TRACE, read_rows
+from denoiselab.training.monitor import EDGES, NoiseLevelValidation, TrainingMonitor, bin_names, fingerprint
 
 
 class Rows(CSVLogger):
@@ -26,7 +28,7 @@ class Rows(CSVLogger):
         self.rows.append({"step": step} | metrics)
 
 
-def monitored(every=1):
+def monitored(every=1, folder=None):
     """A monitor between fake batches, without a training loop."""
     monitor, module = TrainingMonitor(every=every), tiny_module()
     logger = SimpleNamespace(rows=[], log_metrics=lambda row, step: logger.rows.append(row))
@@ -36,7 +38,7 @@ def monitored(every=1):
         world_size=1,
         is_global_zero=True,
         loggers=[logger],
-        strategy=SimpleNamespace(reduce=lambda tensor, reduce_op: tensor),
+        default_root_dir=folder or tempfile.mkdtemp(),
         optimizers=[SimpleNamespace(param_groups=[{"lr": 0.125}])],
     )
     monitor.on_train_start(trainer, module)
@@ -45,7 +47,9 @@ def monitored(every=1):
         trainer.global_step += 1
         t = module.objective.path.t_of_log_snr(torch.tensor(log_snrs, dtype=torch.float64))
         outputs = {"t": t, "losses": torch.tensor(losses)}
-        monitor.on_train_batch_end(trainer, module, outputs, {}, trainer.global_step - 1)
+        indices = torch.arange(len(losses))
+        samples = {"index": indices + 100 * trainer.global_step, "place": indices}
+        monitor.on_train_batch_end(trainer, module, outputs, samples, trainer.global_step - 1)
         return logger.rows
 
     return batch
@@ -83,6 +87,68 @@ def test_means_are_over_all_samples_since_the_last_row():
 def test_pure_noise_is_in_the_last_bin():
     batch = monitored()
     assert batch([-math.inf], [2.0])[0]["train/loss_by_log_snr/below_-6"] == 2.0
+
+
+def test_a_step_that_was_skipped_has_taught_nothing(tmp_path):
+    batch = monitored(every=3, folder=tmp_path)
+    batch([1.0, 1.0], [1.0, 2.0])
+    batch([1.0, 1.0], [math.nan, 100.0])
+    (row,) = batch([1.0, 1.0], [3.0, 6.0])
+    assert row["train/loss"] == row["train/loss_by_log_snr/0_to_2"] == 3.0
+    assert row["train/skipped_steps"] == 1
+    assert [r["loss"] for r in read_rows(tmp_path / TRACE)] == ["1.5", "nan", "4.5"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_step_is_in_the_trace(tmp_path, accumulate):
+    losses = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            losses.extend(outputs["losses"].tolist())
+
+    fit(tiny_module(), tmp_path, steps=5, accumulate=accumulate, callbacks=[TrainingMonitor(every=2), Losses()])
+    rows = read_rows(tmp_path / TRACE)
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4", "5"]  # those after the last row too
+    for i, row in enumerate(rows):
+        assert float(row["loss"]) == pytest.approx(sum(losses[8 * i : 8 * i + 8]) / 8)
+        assert float(row["grad_norm"]) > 0
+    assert len({row["samples"] for row in rows}) == 5
+
+
+def test_a_resumed_run_writes_the_rows_and_the_trace_of_one_that_was_not_stopped(tmp_path):
+    def trained(folder, steps, resume=None):
+        rows = Rows(tmp_path / folder)
+        module = tiny_module()
+        trainer = fit(
+            module, tmp_path / folder, steps=steps, callbacks=[TrainingMonitor(every=4)], loggers=[rows], resume=resume
+        )
+        trainer.save_checkpoint(tmp_path / folder / f"{steps}.ckpt")
+        return [{k: v for k, v in row.items() if "second" not in k} for row in rows.rows]
+
+    whole = trained("whole", 8)
+    first = trained("part", 6)
+    rest = trained("part", 8, resume=tmp_path / "part/6.ckpt")
+    assert [row["step"] for row in (*first, *rest)] == [4, 8]
+    assert [*first, *rest] == whole  # the row of step 8 is of steps 5 and 6 too
+    assert (tmp_path / "part" / TRACE).read_text() == (tmp_path / "whole" / TRACE).read_text()
+
+
+def test_the_number_for_the_samples_of_a_step():
+    index, place = torch.tensor([5, 9, 2, 7]), torch.arange(4)
+    whole = fingerprint(index, place)
+    assert 0 < int(whole) < 2**34
+    order = torch.tensor([3, 0, 2, 1])
+    assert fingerprint(index[order], place[order]) == whole  # whoever held which part
+    assert fingerprint(index[:1], place[:1]) + fingerprint(index[1:], place[1:]) == whole
+    assert fingerprint(index[order], place) != whole  # the same samples at other places
+    others = {
+        int(fingerprint(index + torch.eye(4, dtype=torch.int64)[i] * step, place))
+        for i in range(4)
+        for step in (1, 1000)
+    }
+    assert len(others) == 8
+    assert int(whole) not in others
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from denoiselab.training.checkpoint import AtomicCheckpointIO, Checkpoints
+from denoiselab.training.checkpoint_io import AtomicCheckpointIO
+from denoiselab.training.saving import Checkpoints
 from denoiselab.training.trainer import TrainerSettings, free_cores
 
 GOOD = {"accelerator": "cpu", "devices": 1, "max_steps": 10, "val_every": 5}

@@ -84,6 +84,7 @@ def tiny_module(*, dropout=0.0, batch_size=8, **changes):
         "shape": SHAPE,
         "num_classes": CLASSES,
         "config": {"sampler": {}, "guidance": {}},
+        "data": {"train": "", "test": ""},
     }
     return DiffusionModule(**(parts | changes))
 

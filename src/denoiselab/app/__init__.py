@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 
 from denoiselab.app.compose import command, gather
+from denoiselab.app.resume import restore_overrides
 
 
 def train_command() -> None:
-    """`denoiselab-train`."""
-    command("train", "denoiselab.app.train:train")
+    """`denoiselab-train`; what a resumed run was started with need not be typed again."""
+    command("train", "denoiselab.app.train:train", complete=restore_overrides)
 
 
 def sample_command() -> None:
@@ -51,3 +52,8 @@ def frontier_command() -> None:
 def prefetch_command() -> None:
     """`denoiselab-prefetch`."""
     command("prefetch", "denoiselab.app.prefetch:prefetch")
+
+
+def replay_command() -> None:
+    """`denoiselab-replay`."""
+    command("replay", "denoiselab.app.replay:replay")

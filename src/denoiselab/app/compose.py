@@ -6,23 +6,39 @@ on stderr and exit code 2, before anything is created; HYDRA_FULL_ERROR=1 shows 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import io
 import os
 import re
 import sys
 import tempfile
 import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import OverrideParseException
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from denoiselab.runs.errors import ConfigError, RankError
+from denoiselab.runs.errors import ConfigError, RankError, Stopped
+from denoiselab.runs.secrets import (
+    MASK,
+    argument_secrets,
+    changed_keys,
+    environment_secrets,
+    is_secret_name,
+    redact,
+    redact_arguments,
+    redact_terminal,
+    redact_yaml,
+)
+
+KEPT = 500  # characters at either end of a long message
 
 
 def config_folder() -> Path:
@@ -31,16 +47,27 @@ def config_folder() -> Path:
     return next(path for path in (package / "conf", package.parents[1] / "conf") if path.is_dir())
 
 
-def command(config_name: str, task: str) -> None:
+def command(config_name: str, task: str, complete: Callable[[list[str]], list[str]] = list) -> None:
     """Compose the config of the command line and hand it to a task as plain data; exits if something is wrong.
 
-    Exit codes: 1 if the work failed, 2 for a mistake in the config.
+    Exit codes: 1 if the work failed, 2 for a mistake in the config, 75 if a signal stopped it and it can go on, 130 after
+    Ctrl-C.
 
     Args:
         config_name: of the primary config.
         task: "module:function" of (config, choice of each group, overrides); imported after composition.
+        complete: makes the arguments to compose of those that were typed.
     """
     jobs: list[tuple[Any, ...] | Exception] = []
+    secrets = [*environment_secrets(os.environ), *argument_secrets(sys.argv[1:])]
+    redact_terminal(secrets)
+    try:
+        typed = complete(sys.argv[1:])
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.argv[1:] = redact_arguments(typed, secrets)  # Hydra, and W&B later, see nothing else
+    hidden = [new.partition("=")[0].lstrip("+~") for old, new in zip(typed, sys.argv[1:], strict=True) if old != new]
 
     def compose(config: DictConfig) -> None:
         """Keep the job for later: Hydra would add lines of its own to any error raised in here."""
@@ -48,17 +75,24 @@ def command(config_name: str, task: str) -> None:
         choices = {str(group): str(choice) for group, choice in context.runtime.choices.items()}
         try:
             plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-            jobs.append((plain, choices, list(context.overrides.task)))
+            shown = redact(plain, secrets)
+            hidden.extend(changed_keys(plain, shown))
+            jobs.append((shown, choices, list(context.overrides.task)))
         except OmegaConfBaseException as error:
             jobs.append(error)
 
     asked = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines and exits with 1 itself
     try:
-        with tempfile.TemporaryDirectory() as scratch:  # where Hydra writes the multirun.yaml that it insists on
+        with (
+            _redacted(),
+            tempfile.TemporaryDirectory() as scratch,  # where Hydra writes the multirun.yaml that it insists on
+        ):
             OmegaConf.register_new_resolver("scratch", lambda: scratch, replace=True)
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(compose)()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra's word on sampler=null
+    except (
+        Exception
+    ) as error:  # only composition happens in there, and Hydra answers odd overrides with errors of any kind
         jobs = [error]
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
@@ -68,15 +102,39 @@ def command(config_name: str, task: str) -> None:
     try:
         if problem is not None:
             raise ConfigError(composition_message(problem, sys.argv[1:])) from problem
+        if hidden:
+            keys = ", ".join(dict.fromkeys(hidden))
+            print(f"warning: {keys}: looks like a secret, and is {MASK} from here on", file=sys.stderr)
         for job in jobs:  # several with --multirun
             assert isinstance(job, tuple)
             get_method(task.replace(":", "."))(*job)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
     except (ConfigError, RankError) as error:
         if asked == "1":
             traceback.print_exc()
         mistake = isinstance(error, ConfigError)
-        print(f"config error: {' '.join(str(error).split())}" if mistake else f"error: {error}", file=sys.stderr)
+        print(f"config error: {one_line(str(error))}" if mistake else f"error: {error}", file=sys.stderr)
         sys.exit(2 if mistake else 1)
+
+
+def one_line(text: str) -> str:
+    """A message in one line; of what is too long for anybody to read, the beginning and the end."""
+    text = " ".join(text.split())
+    return text if len(text) <= 2 * KEPT else f"{text[:KEPT]} ... {text[-KEPT:]}"
+
+
+@contextlib.contextmanager
+def _redacted() -> Iterator[None]:
+    """Hydra prints configs by itself: what it prints in here is held back until the values of secret keys are gone."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        package = any(is_secret_name(word) for word in sys.argv[1:] if "=" not in word)  # --cfg job -p logger.api_key
+        sys.stdout.write(f"{MASK}\n" if package and printed.getvalue() else redact_yaml(printed.getvalue()))
 
 
 def gather(arguments: list[str], key: str) -> list[str]:
@@ -133,4 +191,9 @@ def composition_message(error: Exception, arguments: list[str]) -> str:
     lines = [str(link).strip().splitlines()[0] for link in chain if str(link).strip()]
     key = next((a for a in arguments if "${" in a), None) or getattr(chain[-1], "full_key", None)
     text = re.sub(r"\s+", " ", " ".join(dict.fromkeys(lines))) or type(error).__name__
-    return f"{key}: {text}" if key and str(key) not in text else text
+    if key and str(key) not in text:
+        text = f"{key}: {text}"
+    plain = [a for a in arguments if not a.startswith("-")]
+    named = any(len(name := a.partition("=")[0].lstrip("+~")) > 1 and name in text for a in plain)
+    # Hydra's word alone would say what, not where.
+    return text if named or not plain else f"{' '.join(plain)}: {text}"

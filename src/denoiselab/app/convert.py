@@ -37,7 +37,8 @@ from denoiselab.runs.folder import (
     versions,
     write_json,
 )
-from denoiselab.training.checkpoint import FOLDER, SCHEMA, AtomicCheckpointIO
+from denoiselab.training.checkpoint import FOLDER, SCHEMA, environment, step_name
+from denoiselab.training.checkpoint_io import write_checkpoint
 from denoiselab.training.trainer import free_cores
 
 CONVERT_KEYS: dict[str, Any] = {
@@ -211,8 +212,9 @@ def _write_run(model: Model, options: dict[str, Any], overrides: list[str]) -> d
             "ema": {},
             "ema_updates": 0,
             "global_step": 0,
+            "environment": environment(),
         }
-        AtomicCheckpointIO().save_checkpoint(checkpoint, folder / FOLDER / "step_0000000.ckpt")
+        write_checkpoint(checkpoint, folder / FOLDER / step_name(0))
         write_json(folder / CONFIG, model.config)
         write_json(folder / COMMAND, {"command": command_line(), "overrides": overrides, "choices": {}})
         write_json(folder / VERSIONS, versions())

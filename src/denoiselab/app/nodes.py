@@ -2,49 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.pytorch.loggers import Logger
 from torch import nn
+from torch.optim import Optimizer
 
 from denoiselab.condition import Condition, height_width
 from denoiselab.data.augmentation import EDMAugmentation, NoAugmentation
 from denoiselab.data.datamodule import ImageDataModule
+from denoiselab.diffusion.denoiser import Denoiser
 from denoiselab.diffusion.noise import hash64
 from denoiselab.diffusion.objective import Objective
 from denoiselab.diffusion.samplers import Sampler
 from denoiselab.evaluation.metrics import Metrics
-from denoiselab.runs.checks import check_types, check_value, show
+from denoiselab.runs.checks import check_kind, check_types, check_value, show
 from denoiselab.runs.errors import ConfigError
-from denoiselab.training.module import Codec
+from denoiselab.training.ema import EMA
+from denoiselab.training.module import Augmentation, Codec
+from denoiselab.training.schedule import Schedule
+from denoiselab.training.trainer import TrainerSettings
 
-GROUPS = (
-    "datamodule",
-    "backbone",
-    "objective",
-    "sampler",
-    "guidance",
-    "optimizer",
-    "schedule",
-    "ema",
-    "metrics",
-    "codec",
-    "augmentation",
-    "trainer",
-    "logger",
-)
+MOST = 100_000_000  # samples in one go
+GROUPS: dict[str, Any] = {  # and what each is built into
+    "datamodule": ImageDataModule,
+    "backbone": nn.Module,
+    "objective": Objective,
+    "sampler": Sampler,
+    "guidance": Callable[..., Denoiser],
+    "optimizer": Callable[..., Optimizer],
+    "schedule": Schedule,
+    "ema": EMA,
+    "metrics": Metrics,
+    "codec": Codec,
+    "augmentation": Augmentation,
+    "trainer": TrainerSettings,
+    "logger": Callable[..., list[Logger]],
+}
 
 
 def make(config: dict[str, Any], group: str) -> Any:
     """Build what a group of the config describes.
 
     Raises:
-        ConfigError: if a constructor refuses a value; its message gets the path of the node.
+        ConfigError: if it is of another kind, or a constructor refuses a value; the message gets the path of the node.
     """
-    return make_node(config[group], group)
+    node = config[group]
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ConfigError(f"{group}={show(node)}: must be chosen, for example with {group}=...")
+    check_kind(node, GROUPS[group], group)
+    return make_node(node, group)
 
 
 def make_node(node: dict[str, Any], path: str) -> Any:
@@ -56,13 +68,13 @@ def make_node(node: dict[str, Any], path: str) -> Any:
     try:
         return instantiate(node, _convert_="all")
     except InstantiationException as error:
-        if not isinstance(error.__cause__, ValueError):
-            raise (error.__cause__ or error) from None
         # Hydra names the node that failed, relative to the group, in the last line of its message.
         last = str(error).strip().splitlines()[-1]
         inner = last.removeprefix("full_key: ") if last.startswith("full_key: ") else ""
-        cause = str(error.__cause__).replace("=None", "=null")
-        raise ConfigError(f"{path}.{inner + '.' if inner else ''}{cause}") from error
+        where, cause = f"{path}.{inner}" if inner else path, error.__cause__ or error
+        if isinstance(cause, ValueError):
+            raise ConfigError(f"{where}.{str(cause).replace('=None', '=null')}") from error
+        raise ConfigError(f"{where}: cannot be built ({type(cause).__name__}: {show(cause)})") from error
 
 
 def check_keys(config: dict[str, Any], keys: dict[str, Any]) -> None:
@@ -85,6 +97,8 @@ def check_keys(config: dict[str, Any], keys: dict[str, Any]) -> None:
     for key in ("num_samples", "batch_size"):
         if key in keys and config[key] < 1:
             raise ConfigError(f"{key}={config[key]}: must be at least 1")
+        if key in keys and config[key] > MOST:
+            raise ConfigError(f"{key}={config[key]}: must be at most {MOST:,}")
     check_types(config)
 
 
@@ -123,6 +137,18 @@ def make_network(config: dict[str, Any], *, device: str | None = None) -> nn.Mod
             return make(config, "backbone")
 
 
+def refuse(prefix: str, check: Callable[[], Any]) -> Any:
+    """What a check gives.
+
+    Raises:
+        ConfigError: with the prefix, where it raises a ValueError.
+    """
+    try:
+        return check()
+    except ValueError as error:
+        raise ConfigError(f"{prefix}{error}") from error
+
+
 def check_network(config: dict[str, Any], parts: Parts) -> nn.Module:
     """The network without numbers, after a trial call.
 
@@ -138,7 +164,7 @@ def check_network(config: dict[str, Any], parts: Parts) -> nn.Module:
             f"backbone.learned_variance={show(node.get('learned_variance', False))}: the objective has "
             f"{show(parts.objective.learned_variance)}"
         )
-    if "resolution" in node and height_width(node["resolution"]) != parts.shape[1:]:
+    if "resolution" in node and refuse("backbone.", lambda: height_width(node["resolution"])) != parts.shape[1:]:
         height, width = parts.shape[1:]
         raise ConfigError(f"backbone.resolution={show(node['resolution'])}: the data has {height}x{width} for it")
     if parts.augmentation.dim not in (0, knows):

@@ -8,7 +8,6 @@ import os
 import pickle
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -23,12 +22,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from denoiselab.app.trained import choose_device
 from denoiselab.evaluation.collect import broadcast, ranks
 from denoiselab.runs.errors import ConfigError, RankError
-from denoiselab.runs.launch import launch, launched_from_outside
+from denoiselab.runs.launch import ECHO_SECONDS, is_echo, launch, launched_from_outside
 from denoiselab.training.trainer import free_cores
 
 MEETING = timedelta(minutes=10)  # all ranks must be there by then
 PATIENCE = timedelta(days=7)  # later they wait as long as the work takes: who ends a failed job is its launcher
-ECHO_SECONDS = 5.0
 
 
 def agree(value: str, what: str) -> None:
@@ -144,16 +142,10 @@ def _in_group(function: Callable[..., Any], arguments: tuple[Any, ...], kind: st
         value = function(*arguments)
         dist.all_reduce(torch.zeros(1))  # rank 0 speaks for all: it may not be done before they are
     except Exception as error:
-        if _is_echo(error):
+        if is_echo(error):
             time.sleep(ECHO_SECONDS)  # the launcher will end us meanwhile, for the sake of the rank that began it
         raise  # and leave the group as it is: to leave it in good order, one would wait for the others
     return value if dist.get_rank() == 0 else None
-
-
-def _is_echo(error: Exception) -> bool:
-    """Whether a collective failed, which is how the end of one rank reaches the others."""
-    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(innermost).is_relative_to(Path(dist.__file__).parent)
 
 
 @contextlib.contextmanager

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import lightning
-import torch
-import torch.distributed as dist
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from denoiselab.app.build import Training, make_module, make_training
-from denoiselab.app.nodes import Parts, make, make_network
+from denoiselab.app.build import Training, make_training
+from denoiselab.app.job import Job, agree, open_job, set_up
+from denoiselab.app.nodes import Parts, make
+from denoiselab.app.resume import restored
 from denoiselab.evaluation.records import protocol_id
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
-from denoiselab.runs.errors import ConfigError, RankError
+from denoiselab.runs.errors import INTERRUPTED, ConfigError, RankError, Stopped
 from denoiselab.runs.folder import (
-    COMMAND,
-    CONFIG,
     SUMMARY,
-    VERSIONS,
-    command_line,
-    make_run_folder,
-    versions,
     write_json,
 )
-from denoiselab.runs.launch import launch, launched_from_outside
-from denoiselab.training.checkpoint import checkpoints_of
-from denoiselab.training.logs import csv_logger, finish
+from denoiselab.runs.launch import ECHO_SECONDS, is_echo, launch, launched_from_outside
+from denoiselab.runs.secrets import RedactingFormatter, redact_terminal
+from denoiselab.runs.trust import check_targets
+from denoiselab.training.checkpoint import FOLDER, checkpoints_of
+from denoiselab.training.history import METRICS, CSVLogger, read_rows
+from denoiselab.training.logs import finish
 from denoiselab.training.measurement import Measurement
 from denoiselab.training.module import DiffusionModule
 
@@ -40,17 +39,20 @@ log = logging.getLogger("denoiselab")
 
 
 def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
-    """Check the config, make the run folder and train.
+    """Check the config, make the run folder or go on with one, and train.
 
     Args:
         config: resolved, plain data.
         choices: the choice of each group.
-        overrides: as given on the command line.
+        overrides: as given on the command line, and those that a resumed run was started with.
 
     Raises:
         ConfigError: before anything is created.
         RankError: if one of several processes failed.
+        Stopped: after a signal.
     """
+    if restored:  # part of this config comes from a file
+        check_targets(config, config["trust"])
     parts, training = make_training(config)
     if not parts.metrics.extractors and parts.metrics.bits_per_dim is not None:
         raise ConfigError(
@@ -67,75 +69,65 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
     except ValueError as error:
         raise ConfigError(f"datamodule.{error}") from error
     name = config["name"] or "-".join(choices[group] for group in ("datamodule", "backbone", "objective"))
+    groups = {group: choice for group, choice in choices.items() if not group.startswith("hydra/")}
+    with ExitStack() as lock:
 
-    def start_folder() -> str:
-        try:
-            folder = make_run_folder(Path(config["runs"]), name)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        groups = {group: choice for group, choice in choices.items() if not group.startswith("hydra/")}
-        write_json(folder / CONFIG, config)
-        write_json(folder / COMMAND, {"command": command_line(), "overrides": overrides, "choices": groups})
-        write_json(folder / VERSIONS, versions())
-        return str(folder)
+        def prepare() -> Job:
+            return open_job(parts, training, config, name, {"overrides": overrides, "choices": groups}, lock)
 
-    folder = agree(start_folder) if launched_from_outside() else start_folder()
-    threads = training.settings.choose_threads()
-    if training.settings.devices == 1 or launched_from_outside():
-        train_here(config, folder, threads, parts, training)
-    else:
-        launch(train_rank, (config, folder, threads), training.settings.devices)
-
-
-def agree(make_value: Any) -> str:
-    """What rank 0 makes, on every rank that a launcher such as torchrun has started."""
-    if not dist.is_initialized():
-        dist.init_process_group()
-    values = [make_value() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(values)
-    assert isinstance(values[0], str)
-    return values[0]
+        job = agree(prepare) if launched_from_outside() else prepare()
+        if training.settings.devices == 1 or launched_from_outside():
+            train_here(job, parts, training)
+            return
+        stopped = launch(train_rank, (job,), training.settings.devices, hand_on=True)
+    if stopped:
+        raise Stopped(*stopped)
 
 
 @record
-def train_rank(config: dict[str, Any], folder: str, threads: int) -> None:
-    """Train in a process that was started for this; builds its own objects."""
-    train_here(config, folder, threads, *make_training(config))
+def train_rank(job: Job) -> tuple[int, str] | None:
+    """Train in a process that was started for this; builds its own objects. Returns the signal that stopped it, if any."""
+    try:
+        train_here(job, *make_training(job.config))
+    except Stopped as stopped:
+        return stopped.number, stopped.message
+    except Exception as error:
+        if is_echo(error):
+            time.sleep(ECHO_SECONDS)  # the launcher will end us meanwhile, for the sake of the rank that began it
+        raise
+    return None
 
 
-def train_here(config: dict[str, Any], folder: str, threads: int, parts: Parts, training: Training) -> None:
+def train_here(job: Job, parts: Parts, training: Training) -> None:
     """Train in this process, which may be one of several."""
-    torch.set_num_threads(threads)
-    run_dir = Path(folder)
-    console = Console()
+    run_dir, console = Path(job.folder), Console()
     start_logging(run_dir)
-    network = make_network(config)
-    if training.initial is not None:
-        network.load_state_dict(training.initial)
-    parameters = sum(p.numel() for p in network.parameters())
-    if config["compile"]:
-        network.compile()
-    module = make_module(config, parts, training, network)
     measurement = Measurement(metrics=parts.metrics, progress=progress)
-    callbacks = list(training.callbacks.values())
-    loggers = [csv_logger(run_dir), *make(config, "logger")(run_dir=run_dir, name=run_dir.name)]
-    trainer = training.settings.build(run_dir, loggers, [*callbacks, measurement])
+    loggers = [CSVLogger(run_dir), *make(job.config, "logger")(run_dir=run_dir, name=run_dir.name)]
+    trainer, module = set_up(job, parts, training, loggers, [*training.callbacks.values(), measurement])
     if trainer.is_global_zero:
+        network = module.network
+        parameters = sum(p.numel() for p in network.parameters())
         nfe = parts.sampler.plan(parts.guidance(parts.objective.denoiser(network)))[1]
         facts = {
             "run": run_dir,
             "data": f"{len(parts.data.train_set()):,} training and {len(parts.data.test_set()):,} test images",
             "network": f"{type(network).__name__}, {parameters:,} parameters",
             "training": f"{trainer.max_steps:,} steps of {parts.data.batch_size} images; "
-            f"processes: {trainer.world_size}, threads each: {threads}",
+            f"processes: {trainer.world_size}, threads each: {job.threads}",
             "sampling": sampler_line(parts.sampler, nfe),
         }
+        if job.checkpoint:
+            facts["going on from"] = Path(job.checkpoint).name
         print_results(console, facts, [])
         log.info(" · ".join(f"{k}: {v}" for k, v in facts.items()))
-        hyperparameters = {**config, "parameters": parameters, "nfe": nfe}
+        for note in job.notes:
+            console.print(note, style="yellow", highlight=False, soft_wrap=True)
+            log.warning(note)
+        hyperparameters = {**job.config, "parameters": parameters, "nfe": nfe}
         for logger in trainer.loggers[1:]:
             logger.log_hyperparams(hyperparameters)
-    _fit(trainer, module, parts.data, measurement, console, run_dir)
+    _fit(trainer, module, parts.data, measurement, console, job)
 
 
 def _fit(
@@ -144,32 +136,44 @@ def _fit(
     data: lightning.LightningDataModule,
     measurement: Measurement,
     console: Console,
-    run_dir: Path,
+    job: Job,
 ) -> None:
     """Run the loop; whatever happens, the summary and the dashboard say how it ended."""
-    began, status, problem = time.time(), "failed", ""
+    run_dir, began, status, problem = Path(job.folder), time.time(), "failed", ""
+    stopped: Stopped | None = None
     try:
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, ckpt_path=job.checkpoint, weights_only=True)
         status = "finished" if trainer.global_step >= trainer.max_steps else "stopped"
+    except (Stopped, KeyboardInterrupt, SystemExit) as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        status, problem = "interrupted" if stopped.code == INTERRUPTED else "preempted", str(stopped)
+        log.warning("%s at step %d", problem, trainer.global_step)
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
-        status, problem = "interrupted" if interrupted else "failed", f"{type(error).__name__}: {error}"
+        problem = f"{type(error).__name__}: {error}"
         log.exception("the run ended early")
-        if not interrupted:
-            raise
+        raise
     finally:
         if trainer.is_global_zero:
             seconds = round(time.time() - began, 1)
             summary = summarise(trainer, module, measurement, run_dir, status, problem, seconds)
             write_json(run_dir / SUMMARY, summary)
-            finish(trainer, summary["metrics"] | {"status": status}, failed=status != "finished")
+            finish(trainer, summary["metrics"], status)
             facts = {"run": run_dir, "status": status, "steps": trainer.global_step, "seconds": seconds}
             if measurement.seconds:
                 facts["measuring"] = time_line(measurement.seconds)
             losses = {key: f"{value:,.4g}" for key, value in summary["losses"].items()}
             print_results(console, facts | losses, measurement.numbers)
-    if status != "finished":  # SIGTERM reaches us as a SystemExit without a code, which would end the process with 0
+    if stopped is not None:
+        raise Stopped(stopped.number, how_to_go_on(run_dir))
+    if status != "finished":
         raise RankError(f"stopped at step {trainer.global_step} of {trainer.max_steps}; see {run_dir / 'train.log'}")
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """What is saved, and the command that goes on from it."""
+    saved = checkpoints_of(run_dir / FOLDER)
+    what = f"saved {saved[-1].name}" if saved else "nothing was saved yet"
+    return f"{what}; to go on: python scripts/train.py run={run_dir} resume=auto"
 
 
 def summarise(
@@ -183,8 +187,8 @@ def summarise(
 ) -> dict[str, Any]:
     """What summary.json holds."""
     latest: dict[str, float] = {}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        latest |= getattr(callback, "latest", {})
+    for row in read_rows(run_dir / METRICS):  # which earlier starts of the run have written as well
+        latest |= {key: float(value) for key, value in row.items() if value}
     kind = (measurement.metrics.weights or [module.ema.default])[0]
     numbers = [number for number in measurement.numbers if number.protocol["weights"] == kind]
     keys = ("train/loss", "train/images_per_second", "val/x0_mse", "val/epsilon_mse")
@@ -206,8 +210,9 @@ def summarise(
 
 def start_logging(run_dir: Path) -> None:
     """Everything that is logged or warned goes to train.log; the terminal stays for what a person wants to see."""
+    redact_terminal()
     handler = logging.FileHandler(run_dir / "train.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)

@@ -12,11 +12,12 @@ from torch import nn
 
 from denoiselab.app.build import make_parts
 from denoiselab.app.nodes import Parts, check_network, make_network
-from denoiselab.app.weights import find_checkpoint, fit
+from denoiselab.app.weights import check_weights, find_checkpoint, read_checkpoint
 from denoiselab.diffusion.denoiser import NetworkDenoiser
-from denoiselab.runs.checks import check_targets, check_types
+from denoiselab.runs.checks import check_types, show
 from denoiselab.runs.errors import ConfigError
-from denoiselab.training.checkpoint import digest, load_checkpoint, network_weights
+from denoiselab.runs.trust import check_targets
+from denoiselab.training.checkpoint import digest, network_weights
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,42 @@ def load_trained(options: dict[str, Any], replace: tuple[str, ...], *, counts: l
     """
     path = find_checkpoint(options["run"], options["checkpoint"], options["runs"])
     try:
-        loaded = load_checkpoint(path)
+        loaded = read_checkpoint(path)
         weights = options["weights"] or next(iter(loaded["ema"]), "raw")
         state = network_weights(loaded, weights)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    config = loaded["config"]
+    device, source = choose_device(options["device"]), f"checkpoint={path}"
+    try:
+        config = _config(loaded["config"], options, replace, counts, path)
+        parts = make_parts(config, options["trust"])
+        check_weights(state, check_network(config, parts), f"{source}: does not fit its own config", source)
+        network = make_network(config)
+    except ConfigError:
+        raise
+    except Exception as error:  # whoever wrote the file may have written anything
+        reason = f"{type(error).__name__}: {show(error)}"
+        raise ConfigError(f"{source}: its config cannot be used ({reason})") from error
+    network.load_state_dict(state)
+    network = network.to(device).eval().requires_grad_(False)
+    return Trained(network, parts, config, weights, path, loaded["global_step"], device)
+
+
+def _config(
+    config: dict[str, Any], options: dict[str, Any], replace: tuple[str, ...], counts: list[int] | None, path: Path
+) -> dict[str, Any]:
+    """A checkpoint's config, checked, with what the command line chose."""
     check_targets(config, options["trust"])
     for group in ("datamodule", "backbone", "objective", "sampler", "guidance", "metrics", "codec"):
         if not isinstance(config.get(group), dict) or "_target_" not in config[group]:
             raise ConfigError(f"checkpoint={path}: its config has no {group}; it is not a run's")
+    if type(config.get("seed")) is not int or config["seed"] < 0:
+        raise ConfigError(f"checkpoint={path}: its config has no seed; it is not a run's")
     for group in replace:
         if options.get(group) is not None and "_target_" not in options[group]:
             raise ConfigError(f"{group}: only a part of it is given; name the whole with {group}=<choice>")
-    config = config | {group: options[group] for group in replace if options.get(group) is not None}
+    config = _without_consent(config)
+    config |= {group: options[group] for group in replace if options.get(group) is not None}
     if options["nfe"] is not None and options["steps"] is not None:
         raise ConfigError(f"nfe={options['nfe']}: give either nfe or steps (steps={options['steps']})")
     if options["nfe"] is not None or options["steps"] is not None:
@@ -80,18 +103,15 @@ def load_trained(options: dict[str, Any], replace: tuple[str, ...], *, counts: l
     if counts is not None:
         config["metrics"] = config["metrics"] | {"counts": counts}
     check_types(config)
-    if not isinstance(config.get("seed"), int):
-        raise ConfigError(f"checkpoint={path}: its config has no seed; it is not a run's")
-    parts = make_parts(config, options["trust"])
-    check_network(config, parts)
-    network = make_network(config)
-    misfits = fit(state, network)
-    if misfits:
-        raise ConfigError(f"checkpoint={path}: does not fit its own config: {misfits}")
-    network.load_state_dict(state)
-    device = choose_device(options["device"])
-    network = network.to(device).eval().requires_grad_(False)
-    return Trained(network, parts, config, weights, path, loaded["global_step"], device)
+    return config
+
+
+def _without_consent(node: Any) -> Any:
+    """A config without what a file may not ask for by itself: to fetch data, and to take another program for CLIP's."""
+    if isinstance(node, dict):
+        inside = {key: _without_consent(value) for key, value in node.items()}
+        return inside | {key: False for key in ("download", "allow_other_weights") if inside.get(key) is True}
+    return [_without_consent(value) for value in node] if isinstance(node, list) else node
 
 
 def choose_device(name: str) -> torch.device:

@@ -20,6 +20,7 @@ from denoiselab.evaluation.records import Number, count_name
 from denoiselab.evaluation.reference import Data, Reference, published, reference
 
 MIN_COUNT = 4  # a ball up to the 3rd neighbour takes four samples
+MAX_COUNT = 100_000_000
 PAIRS = 8  # the closest pairs of sample and training image that are reported
 
 
@@ -89,6 +90,8 @@ class Metrics:
         for key, given in (("counts", counts), ("every_counts", every_counts or [])):
             if any(count < MIN_COUNT for count in given):
                 raise ValueError(f"{key}={given}: each must be at least {MIN_COUNT}")
+            if any(count > MAX_COUNT for count in given):
+                raise ValueError(f"{key}={given}: each must be at most {MAX_COUNT:,}")
         for key, value, lowest in (("every", every, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
             if value is not None and value < lowest:
                 raise ValueError(f"{key}={value}: must be at least {lowest}{', or null' if key == 'every' else ''}")

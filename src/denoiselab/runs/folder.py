@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -9,11 +10,20 @@ import platform
 import re
 import subprocess
 import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.secrets import redact
+
 CONFIG, COMMAND, VERSIONS, SUMMARY = "config.json", "command.json", "versions.json", "summary.json"
+ID = "id"  # of the run, in W&B for example: kept, so that a resumed run is the same one
+LOCK = ".lock"
+STARTS = "starts.jsonl"  # a line for each time that a run was started or resumed
 PACKAGES = (
     "denoiselab",
     "torch",
@@ -53,6 +63,47 @@ def make_run_folder(root: Path, name: str, now: datetime | None = None) -> Path:
         raise ValueError(f"runs={root}: cannot make a folder there ({error.strerror})") from error
 
 
+def make_folder(folder: Path) -> Path:
+    """Make the folder that a run was given by name.
+
+    Raises:
+        ValueError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"run={folder}: cannot be made ({error.strerror})") from error
+    return folder.resolve()
+
+
+def run_id(folder: Path) -> str:
+    """The id of a run, made when it is first asked for: folders of one name, elsewhere, are other runs."""
+    if not (folder / ID).exists():
+        write_text(folder / ID, f"{folder.name[:80]}-{uuid.uuid4().hex[:8]}\n")
+    return (folder / ID).read_text().strip()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Inside, no other process can hold the folder: two that train one run would write over each other.
+
+    The lock is the process's own: it ends with it, however that may be, and processes that it has started do not share it.
+
+    Raises:
+        ConfigError: if another process holds it.
+    """
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ConfigError(f"run={folder}: is being trained by {file.read().strip() or 'another process'}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
+
+
 def newest_run(root: Path) -> Path:
     """The run that was started last (folder names begin with the time).
 
@@ -85,9 +136,18 @@ def prepare_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write plain data, complete or not at all."""
+    """Write plain data, without secrets, complete or not at all."""
+    plain = json.loads(json.dumps(value, default=str))
+    write_text(path, json.dumps(redact(plain), indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, complete or not at all: on disk before it takes its name."""
     beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    with beside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,21 @@ import torch
 from torch import Tensor, nn
 
 RAW = "raw"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
+
+
+def check_name(name: str, given: str) -> None:
+    """See to it that an average's name, which becomes part of file names, is fit for that.
+
+    Args:
+        name: of the average.
+        given: where it stands, for the message.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{given}: the name must be 1 to 64 letters, digits or _.+- and begin with a letter or digit")
 
 
 class EMA:
@@ -31,6 +47,7 @@ class EMA:
 
     def __init__(self, *, decays: dict[str, float], warmup: bool = True, ramp_up: float | None = None) -> None:
         for name, decay in decays.items():
+            check_name(name, f"decays.{name}={decay}")
             if not 0 <= decay < 1:
                 raise ValueError(f"decays.{name}={decay}: must be in [0, 1)")
         if RAW in decays:
@@ -61,13 +78,22 @@ class EMA:
         }
 
     @torch.no_grad()
-    def update(self, network: nn.Module) -> None:
-        """Move every average towards the weights; call it once after each optimizer step."""
+    def update(self, network: nn.Module, ok: Tensor | None = None) -> None:
+        """Move every average towards the weights; call it once after each optimizer step.
+
+        Args:
+            network: whose weights.
+            ok: whether the step counted, bool of shape () on the weights' device, where it is read: averages stay as they
+                are after one that did not. `updates` counts it all the same. None: it did.
+        """
         assert not self._raw, "the network holds an average, not the weights"
         weights = [p.detach().float() for p in network.parameters()]
         for name, decay in self.decays.items():
             self._to(name, weights[0].device)
-            torch._foreach_lerp_(list(self.averages[name].values()), weights, 1 - self.bounded(decay))
+            share = torch.full((), 1 - self.bounded(decay), device=weights[0].device)
+            if ok is not None:
+                share = share * ok
+            torch._foreach_lerp_(list(self.averages[name].values()), weights, [share] * len(weights))
         self.updates += 1
 
     def bounded(self, decay: float) -> float:
@@ -144,6 +170,7 @@ def half_life_ema(*, half_lives: dict[str, float], batch_size: int, ramp_up: flo
     Source: EDM's training loop (Karras et al. 2022), 500 thousand images with a ramp-up of 0.05.
     """
     for name, half_life in half_lives.items():
+        check_name(name, f"half_lives.{name}={half_life}")
         if not half_life > 0:
             raise ValueError(f"half_lives.{name}={half_life}: must be positive")
     decays = {name: 0.5 ** (batch_size / (1000 * half_life)) for name, half_life in half_lives.items()}

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from PIL import Image
+
+from denoiselab.runs.folder import git_state, run_id
+from denoiselab.training.checkpoint_io import write_atomically
 
 
 def log_metrics(trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
@@ -27,6 +30,11 @@ def log_protocols(trainer: lightning.Trainer, protocols: dict[str, dict[str, Any
             config.update({"protocols": known | protocols}, allow_val_change=True)
 
 
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG file, complete or not at all."""
+    write_atomically(path, lambda file: picture.save(file, format="png"))
+
+
 def log_image(trainer: lightning.Trainer, key: str, picture: Image.Image) -> None:
     """Log one picture from rank 0 to the loggers that show pictures."""
     if not trainer.is_global_zero:
@@ -39,11 +47,6 @@ def log_image(trainer: lightning.Trainer, key: str, picture: Image.Image) -> Non
 
             pixels = np.asarray(picture.convert("RGB"))
             logger.experiment.add_image(key, pixels, trainer.global_step, dataformats="HWC")
-
-
-def csv_logger(run_dir: Path) -> Logger:
-    """metrics.csv in the run folder, complete after every row."""
-    return CSVLogger(save_dir=run_dir, name="", version="", flush_logs_every_n_steps=1)
 
 
 def no_logger(*, run_dir: Path, name: str) -> list[Logger]:
@@ -69,7 +72,7 @@ def wandb_logger(
     """One W&B run per training job, its files in the run folder.
 
     Args:
-        run_dir: the run folder; its name is the id of the W&B run, so that a folder has exactly one.
+        run_dir: the run folder, which keeps the id of the W&B run: a resumed run goes on with it.
         name: shown in the dashboard.
         project: W&B project.
         entity: W&B team or user.
@@ -81,7 +84,16 @@ def wandb_logger(
     if int(os.environ.get("RANK", 0)) != 0:  # Lightning's own idea of the rank is set later, by the strategy
         return [WandbLogger(save_dir=run_dir)]  # never asked for a run on other ranks
     run = start_wandb(
-        run_dir, run_dir.name, "train", name=name, project=project, entity=entity, mode=mode, tags=tags, notes=notes
+        run_dir,
+        run_id(run_dir),
+        "train",
+        name=name,
+        project=project,
+        entity=entity,
+        mode=mode,
+        tags=tags,
+        notes=notes,
+        resume="allow",
     )
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
@@ -105,13 +117,22 @@ def start_wandb(folder: Path, id: str, job_type: str, *, mode: str | None = None
         x_transaction_log_flush_interval=1.0,  # default 15 s: the rows that a killed job would lose
         console="off",
         silent=True,
+        disable_git=True,  # no remote, whose URL may hold a token, and no diff; the commit is enough
+        git_commit=(git_state(Path(__file__).parent) or {}).get("commit"),
+        save_code=False,  # whatever the account says
     )
     return wandb.init(dir=folder, id=id, job_type=job_type, mode=chosen, settings=settings, **how)
 
 
-def finish(trainer: lightning.Trainer, summary: dict[str, Any], failed: bool) -> None:
-    """Write the closing summary and end the W&B run with its true status."""
+def finish(trainer: lightning.Trainer, summary: dict[str, Any], status: str) -> None:
+    """Write the closing summary and end the W&B run with its true status.
+
+    W&B shows "finished" for exit code 0, "killed" for 255, "preempted" for another one after `mark_preempting`, else "failed".
+    """
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-            logger.experiment.summary.update(summary)
-            logger.experiment.finish(exit_code=1 if failed else 0)
+            run = logger.experiment
+            run.summary.update(summary | {"status": status})
+            if status == "preempted":
+                run.mark_preempting()
+            run.finish(exit_code={"finished": 0, "interrupted": 255}.get(status, 1))

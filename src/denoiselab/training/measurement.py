@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import lightning
 import torch
@@ -18,8 +19,10 @@ from denoiselab.evaluation.metrics import PAIRS, Measured, Metrics
 from denoiselab.evaluation.pictures import image_grid
 from denoiselab.evaluation.records import Number, sampling_protocol
 from denoiselab.training.checkpoint import digest
-from denoiselab.training.logs import log_image, log_metrics, log_protocols
+from denoiselab.training.history import NUMBERS, read_numbers
+from denoiselab.training.logs import log_image, log_metrics, log_protocols, save_picture
 from denoiselab.training.module import DiffusionModule
+from denoiselab.training.signals import stoppable
 
 Progress = Callable[[int, str], AbstractContextManager[Callable[[int], None]]]
 
@@ -47,21 +50,38 @@ class Measurement(Callback):
         self.seconds: dict[str, float] = {}
         self._measured = 0
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Measure first if the run was stopped between the checkpoint of a step and its measurement."""
+        if trainer.global_step > 0 and self._due(trainer):
+            self._measure(trainer, pl_module, self.metrics.every_counts)
+
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
         """Measure a few samples when a multiple of `metrics.every` has just been reached."""
-        step, every = trainer.global_step, self.metrics.every
-        if every is not None and step > self._measured and step % every == 0 and step < trainer.max_steps:
+        if trainer.global_step > self._measured and self._due(trainer):
             self._measure(trainer, pl_module, self.metrics.every_counts)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Measure the end of the run."""
-        self._measure(trainer, pl_module, self.metrics.counts)
+        if trainer.global_step >= trainer.max_steps:
+            self._measure(trainer, pl_module, self.metrics.counts)
+
+    def _due(self, trainer: lightning.Trainer) -> bool:
+        step, every = trainer.global_step, self.metrics.every
+        return every is not None and step % every == 0 and step < trainer.max_steps
 
     def _measure(self, trainer: lightning.Trainer, module: lightning.LightningModule, counts: Sequence[int]) -> None:
         assert isinstance(module, DiffusionModule)
         if not counts:
             return
         self._measured, self.numbers, self.seconds = trainer.global_step, [], {}
+        found = trainer.strategy.broadcast(self._written(trainer, module, max(counts)))
+        if found:
+            self.numbers = [Number.from_dict(number) for number in found]
+            return
+        with stoppable(trainer):
+            self._measure_all(trainer, module, counts)
+
+    def _measure_all(self, trainer: lightning.Trainer, module: DiffusionModule, counts: Sequence[int]) -> None:
         for extractor in self.metrics.extractors.values():
             extractor.to(module.device)
         for weights in self.metrics.weights or [module.ema.default]:
@@ -71,8 +91,6 @@ class Measurement(Callback):
                 self.seconds[name] = self.seconds.get(name, 0.0) + seconds
             if not trainer.is_global_zero:
                 continue
-            with (Path(trainer.default_root_dir) / "metrics.jsonl").open("a") as file:
-                file.writelines(json.dumps(number.to_dict()) + "\n" for number in measured.numbers)
             group = "metrics" if weights == module.ema.default else f"metrics_{weights}"
             row = {f"{group}/{n.name}": n.value for n in measured.numbers}
             row |= {f"{group}/{n.name}_real": n.floor for n in measured.numbers if n.floor is not None}
@@ -84,9 +102,19 @@ class Measurement(Callback):
                 picture = image_grid(measured.images, PAIRS)
                 folder = Path(trainer.default_root_dir) / "samples"
                 folder.mkdir(exist_ok=True)
-                picture.save(folder / f"step_{trainer.global_step:07d}_{weights}_closest.png")
+                save_picture(picture, folder / f"step_{trainer.global_step:07d}_{weights}_closest.png")
                 log_image(trainer, f"samples/{weights}_closest_to_training", picture)
             log_protocols(trainer, {f"{group}/{n.name}": n.protocol for n in measured.numbers})
+        if trainer.is_global_zero:  # last and at once: what stands there is not measured again
+            with (Path(trainer.default_root_dir) / NUMBERS).open("a") as file:
+                file.write("".join(f"{json.dumps(number.to_dict())}\n" for number in self.numbers))
+
+    def _written(self, trainer: lightning.Trainer, module: DiffusionModule, count: int) -> list[dict[str, Any]]:
+        """The numbers of this step that an earlier start of the run has written, if it has written them all."""
+        lines = read_numbers(Path(trainer.default_root_dir) / NUMBERS)
+        here = [line for line in lines if line["protocol"]["step"] == trainer.global_step]
+        wanted = {(weights, count) for weights in self.metrics.weights or [module.ema.default]}
+        return here if wanted <= {(line["protocol"]["weights"], line["protocol"].get("count")) for line in here} else []
 
     def _of(self, weights: str, trainer: lightning.Trainer, module: DiffusionModule, counts: Sequence[int]) -> Measured:
         """The numbers of the weights of one name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from torch.optim import Optimizer
 
 from denoiselab.condition import Condition
 from denoiselab.diffusion.denoiser import Denoiser
-from denoiselab.diffusion.noise import NoiseSource, hash64
+from denoiselab.diffusion.noise import NoiseSource
 from denoiselab.diffusion.objective import Objective
 from denoiselab.diffusion.samplers import Sampler
-from denoiselab.training.checkpoint import SCHEMA
-from denoiselab.training.ema import EMA
+from denoiselab.training.checkpoint import SCHEMA, environment, network_weights
+from denoiselab.training.dropout import key_dropout
+from denoiselab.training.ema import EMA, RAW
+from denoiselab.training.gate import Gate
 from denoiselab.training.schedule import Schedule
 
 
@@ -51,7 +54,7 @@ class DiffusionModule(lightning.LightningModule):
     """Trains a network on batches of {"image", "label", "place"}.
 
     Args:
-        network: `network(x, t, condition)`.
+        network: `network(x, t, condition)`; its dropout layers are replaced, see `key_dropout`.
         objective: path, prediction and loss.
         codec: pixels to what the network sees, and back.
         augmentation: of training images; samples never see it.
@@ -60,11 +63,12 @@ class DiffusionModule(lightning.LightningModule):
         optimizer: makes an optimizer of parameters.
         schedule: the learning rate over the run.
         ema: averages of the weights.
-        seed: of times, noise and label dropout.
+        seed: of times, noise, dropout and label dropout.
         batch_size: samples per optimizer step over all ranks and accumulation.
         shape: (C, H, W) of what the network sees.
         num_classes: of the data; 0 if it has none.
         config: the resolved config as plain dicts, kept in every checkpoint.
+        data: fingerprints of the training and the test data, kept likewise.
     """
 
     def __init__(
@@ -84,13 +88,16 @@ class DiffusionModule(lightning.LightningModule):
         shape: tuple[int, int, int],
         num_classes: int,
         config: dict[str, Any],
+        data: dict[str, str],
     ) -> None:
         super().__init__()
         self.network, self.objective, self.codec = network, objective, codec
         self.augmentation, self.sampler, self.guidance = augmentation, sampler, guidance
         self.make_optimizer, self.schedule, self.ema = optimizer, schedule, ema
-        self.seed, self.batch_size, self.config = seed, batch_size, config
+        self.seed, self.batch_size, self.config, self.data = seed, batch_size, config, data
         self.shape, self.num_classes = shape, num_classes
+        self.places = key_dropout(network, seed)
+        self.gate = Gate()
         self.grad_norm = torch.zeros(())
         self.seen: list[Tensor] = []  # place, t and loss of this step's samples, for an objective that observes them
         self.waiting_since = time.perf_counter()  # when the last step ended and the next batch was asked for
@@ -99,14 +106,12 @@ class DiffusionModule(lightning.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The mean loss of a micro-batch; randomness is a function of (seed, step, place in the global batch)."""
         noise = NoiseSource(self.seed, batch["place"], self.global_step, self.batch_size)
-        # Dropout layers draw from the global generator: only the seed and this micro-batch decide what they draw.
-        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
-        torch.manual_seed(hash64(self.seed, "dropout", self.global_step, micro_batch, self.global_rank))
+        self.places.set(batch["place"], self.global_step)
         x0, changes = self.augmentation(self.codec.encode(batch["image"], noise), noise)
         loss, t = self.objective(self.network, x0, replace(condition_of(batch), augment=changes), noise)
         if self.objective.observes:
             self.seen.append(torch.stack((batch["place"].to(t.dtype), t, loss.detach().to(t.dtype))))
-        return {"loss": loss.mean(), "losses": loss.detach(), "t": t}
+        return {"loss": self.gate.mark(loss.mean()), "losses": loss.detach(), "t": t}
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Validation is the work of callbacks, which know at which noise levels; see `NoiseLevelValidation`."""
@@ -114,10 +119,18 @@ class DiffusionModule(lightning.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer, with the schedule stepped once per optimizer step."""
         optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.schedule(optimizer), "interval": "step"},
-        }
+        scheduler = self.schedule(optimizer)
+        self.settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """The config has the last word on the optimizer's settings, of which a checkpoint has brought its own."""
+        (optimizer,), (scheduled,) = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        scheduler = scheduled.scheduler
+        for group, settings in zip(optimizer.param_groups, self.settings, strict=True):
+            rate = settings["initial_lr"] * self.schedule.factor(scheduler.last_epoch)
+            group.update({**settings, "lr": rate})
+        scheduler.base_lrs = [settings["initial_lr"] for settings in self.settings]
 
     def configure_gradient_clipping(
         self,
@@ -125,7 +138,7 @@ class DiffusionModule(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm, and keep what it was before."""
+        """Clip the global norm, keep what it was before, and hold the step back if it is not finite."""
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(
@@ -133,17 +146,18 @@ class DiffusionModule(lightning.LightningModule):
             )  # Lightning leaves it to a fused optimizer's step, which is too late for the norm
         limit = float("inf") if gradient_clip_val is None else gradient_clip_val
         self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), limit).detach()
+        self.gate.decide(self.grad_norm, optimizer, scaler)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The step (Lightning calls this once per accumulated batch), then the averages and what the objective learns."""
         super().optimizer_step(*args, **kwargs)
-        self.ema.update(self.network)
+        self.ema.update(self.network, self.gate.ok)
         if self.seen:
             gathered = self.all_gather(torch.cat(self.seen, dim=1))
             assert isinstance(gathered, Tensor)  # (ranks, 3, samples); without ranks (3, samples)
             place, t, loss = gathered.movedim(-2, 0).flatten(1)
             order = place.argsort()
-            self.objective.observe(t[order], loss[order])
+            self.objective.observe(t[order], torch.where(self.gate.ok, loss[order], math.nan))
             self.seen = []
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -168,11 +182,35 @@ class DiffusionModule(lightning.LightningModule):
         for key in [k for k in state if k.startswith("network.")]:
             state[key] = self.ema.raw(key.removeprefix("network."), state[key])
         averages = self.ema.state_dict()
-        checkpoint.update(schema=SCHEMA, config=self.config, ema=averages["averages"], ema_updates=averages["updates"])
+        checkpoint.update(environment=environment())
+        checkpoint.update(
+            schema=SCHEMA, config=self.config, data=self.data, ema=averages["averages"], ema_updates=averages["updates"]
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the averages over."""
-        self.ema.load_state_dict({"averages": checkpoint["ema"], "updates": checkpoint["ema_updates"]})
+        """Take the averages over; one that is new begins with the weights."""
+        raw = network_weights(checkpoint, RAW)
+        begun = {key: raw[key].to(torch.float32, copy=True) for key, _ in self.network.named_parameters()}
+        averages = {name: checkpoint["ema"].get(name, begun) for name in self.ema.decays}
+        self.ema.load_state_dict({"averages": averages, "updates": checkpoint["ema_updates"]})
+        count_batches(checkpoint, self.trainer.accumulate_grad_batches)
+
+
+def count_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
+    """Make Lightning count on from the checkpoint's step, whatever its micro-batches were, in its one endless epoch.
+
+    Args:
+        checkpoint: as loaded; changed in place.
+        accumulate: micro-batches per step from now on.
+    """
+    loop = checkpoint["loops"]["fit_loop"]
+    batches = checkpoint["global_step"] * accumulate
+    count = {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}  # as it is at a save
+    epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    loop["epoch_loop.batch_progress"].update(total=dict(count), current=dict(count), is_last_batch=False)
+    none = dict.fromkeys(count, 0)  # or the first validation after a resume would leave out as many batches
+    loop["epoch_loop.val_loop.batch_progress"].update(total=dict(none), current=dict(none), is_last_batch=False)
+    loop["epoch_progress"].update(total=dict(epoch), current=dict(epoch))
 
 
 def condition_of(batch: dict[str, Tensor]) -> Condition:

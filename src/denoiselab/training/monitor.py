@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from denoiselab.diffusion.noise import NoiseSource
 from denoiselab.diffusion.paths import Path as DiffusionPath
+from denoiselab.training.history import METRICS, TRACE, append_rows, read_rows
 from denoiselab.training.logs import log_metrics
 from denoiselab.training.module import DiffusionModule, condition_of
 
@@ -30,8 +32,10 @@ class TrainingMonitor(Callback):
     """Logs, every `every` optimizer steps, the mean over all samples of all ranks since the last time.
 
     `train/loss`, `train/loss_by_log_snr/<bin>` (bins by log-SNR, comparable between paths), `train/grad_norm` (before
-    clipping), `train/lr`, `train/images_per_second` (waiting for data counts; validation, sampling and saving do not). List it
-    before callbacks that take time.
+    clipping), `train/lr`, `train/images_per_second` (waiting for data counts; validation, sampling and saving do not), and
+    `train/skipped_steps`, if there were any. Also writes trace.csv, a row for each step: its loss and gradient norm, and a
+    number that stands for which samples it saw at which places; a replay is held to it. Nothing is read from the device
+    in between. List it before callbacks that take time.
 
     Args:
         every: optimizer steps between rows, at least 1.
@@ -41,16 +45,21 @@ class TrainingMonitor(Callback):
         if every < 1:
             raise ValueError(f"every={every}: must be at least 1")
         self.every = every
-        self.sums = torch.zeros(2, len(EDGES) + 1)
         self.edges = torch.tensor(EDGES, dtype=torch.float64)
         self.latest: dict[str, float] = {}
+        self.micro_batches: list[Tensor] = []  # of the step that is under way
+        self.steps: list[
+            Tensor
+        ] = []  # finished since they were last read: see `_of_micro_batch`, and the gradient norm
+        self.window: list[list[float]] = []  # the same of all ranks, since the last row
+        self._trainer: lightning.Trainer | None = None
         self._seconds, self._samples = 0.0, 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Begin counting."""
-        self.sums = torch.zeros(2, len(EDGES) + 1, dtype=torch.float64, device=pl_module.device)
-        self.edges = self.edges.to(pl_module.device)
         assert isinstance(pl_module, DiffusionModule)
+        self.edges = self.edges.to(pl_module.device)
+        self._trainer = trainer
         pl_module.waiting_since = time.perf_counter()
 
     def on_train_batch_end(
@@ -64,17 +73,66 @@ class TrainingMonitor(Callback):
         """Add a micro-batch; log if a multiple of `every` has just been reached."""
         assert isinstance(pl_module, DiffusionModule)
         self._seconds += time.perf_counter() - pl_module.waiting_since
-        objective, t = pl_module.objective, outputs["t"]
-        which = torch.bucketize(objective.path.log_snr(t), self.edges)
-        weight = objective.time_sampling.weight(objective.path, t)
-        losses = outputs["losses"].to(self.sums.dtype)
-        self.sums.index_put_((torch.zeros_like(which), which), losses, accumulate=True)
-        counts = weight.to(losses)  # 1, but for times drawn by importance, whose losses carry this weight
-        self.sums.index_put_((torch.ones_like(which), which), counts, accumulate=True)
-        self._samples += len(losses)
-        step_done = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if step_done and trainer.global_step % self.every == 0:
+        self._samples += len(outputs["losses"])
+        self.micro_batches.append(self._of_micro_batch(pl_module, outputs, batch))
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        norm = pl_module.grad_norm.to(self.micro_batches[0]).reshape(1)
+        self.steps.append(torch.cat([torch.stack(self.micro_batches).sum(0), norm]))
+        self.micro_batches = []
+        if trainer.global_step % self.every == 0:
+            self.read()
             self._log(trainer, pl_module)
+
+    def _of_micro_batch(self, module: DiffusionModule, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
+        """Sums of the losses and of their weights in each bin, and the number for its samples; float64."""
+        objective, t = module.objective, outputs["t"]
+        which = torch.bucketize(objective.path.log_snr(t), self.edges)
+        sums = torch.zeros(2, len(EDGES) + 1, dtype=torch.float64, device=t.device)
+        # 1, but for times drawn by importance, whose losses carry this weight
+        counts = objective.time_sampling.weight(objective.path, t)
+        sums[0].index_add_(0, which, outputs["losses"].to(sums))
+        sums[1].index_add_(0, which, counts.to(sums))
+        return torch.cat([sums.flatten(), fingerprint(batch["index"], batch["place"]).to(sums).reshape(1)])
+
+    def read(self) -> None:
+        """Read the finished steps from the device, sum over the ranks, and write trace.csv; to be called on all ranks."""
+        trainer, steps = self._trainer, self.steps
+        if trainer is None or not steps:
+            return
+        mine = torch.stack(steps)
+        everyone = mine if trainer.world_size == 1 else torch.stack(list(trainer.strategy.all_gather(mine)))
+        totals = everyone.reshape(-1, *mine.shape).sum(0)  # in the order of the ranks
+        totals[:, -1] = mine[:, -1]
+        rows = totals.tolist()
+        self.steps, self.window = [], [*self.window, *rows]
+        if not trainer.is_global_zero:
+            return
+        first = trainer.global_step - len(rows) + 1
+        bins = len(EDGES) + 1
+        trace = [
+            {
+                "step": first + i,
+                "loss": repr(sum(row[:bins]) / sum(row[bins : 2 * bins])),
+                "grad_norm": repr(row[-1]),
+                "samples": int(row[-2]),
+            }
+            for i, row in enumerate(rows)
+        ]
+        append_rows(Path(trainer.default_root_dir) / TRACE, trace, durable=True)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """The trace ends with the run."""
+        self.read()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, so that its next row is the mean over all of its steps (Lightning asks on all ranks)."""
+        self.read()
+        return {"window": self.window}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the steps since the last row."""
+        self.window = state_dict["window"]
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Validation is not training time."""
@@ -82,12 +140,13 @@ class TrainingMonitor(Callback):
         pl_module.waiting_since = time.perf_counter()
 
     def _log(self, trainer: lightning.Trainer, module: DiffusionModule) -> None:
-        sums = trainer.strategy.reduce(self.sums, reduce_op="sum")
-        assert isinstance(sums, Tensor)
-        total, count = sums.tolist()
+        bins = len(EDGES) + 1
+        finite = [row for row in self.window if all(map(math.isfinite, row))]  # a skipped step has taught nothing
+        columns = [math.fsum(column) for column in zip(*finite, strict=True)] or [0.0] * (2 * bins)
+        total, count = columns[:bins], columns[bins : 2 * bins]
         self.latest = {
-            "train/loss": sum(total) / sum(count),
-            "train/grad_norm": float(module.grad_norm),
+            "train/loss": sum(total) / sum(count) if finite else math.nan,
+            "train/grad_norm": self.window[-1][-1],
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train/images_per_second": self._samples * trainer.world_size / max(self._seconds, 1e-9),
             **{
@@ -96,9 +155,24 @@ class TrainingMonitor(Callback):
                 if c > 0
             },
         }
+        if len(finite) < len(self.window):
+            self.latest["train/skipped_steps"] = len(self.window) - len(finite)
         log_metrics(trainer, self.latest)
-        self.sums.zero_()
-        self._seconds, self._samples = 0.0, 0
+        self.window, self._seconds, self._samples = [], 0.0, 0
+
+
+def fingerprint(index: Tensor, place: Tensor) -> Tensor:
+    """A whole number below 2^52 that stands for which samples are at which places of a batch, whatever the order.
+
+    A sum of 32-bit hashes, so that ranks and micro-batches add up; exact in float64 for batches of up to a million.
+
+    Args:
+        index: of the samples in the data set, int64 of shape (B,).
+        place: of the samples in the global batch, int64 of shape (B,).
+    """
+    mixed = index * 0x9E3779B97F4A7C1 + place * 0x2545F4914F6CDD1D + 0x1B873593
+    mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
+    return ((mixed ^ (mixed >> 32)) & 0xFFFFFFFF).sum()
 
 
 class NoiseLevelValidation(Callback):
@@ -118,6 +192,29 @@ class NoiseLevelValidation(Callback):
         self.log_snrs = log_snrs
         self.latest: dict[str, float] = {}
         self.errors = torch.zeros(0)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Validate first if the run was stopped between the checkpoint of a step and the validation of the same step."""
+        step, loop = trainer.global_step, trainer.fit_loop.epoch_loop
+        due = (
+            step > 0
+            and trainer.val_check_batch
+            and step * trainer.accumulate_grad_batches % trainer.val_check_batch == 0
+        )
+        if not due:
+            return
+        self.latest = trainer.strategy.broadcast(self._logged(trainer))
+        if self.latest:
+            return
+        trainer.validating = True
+        loop.val_loop.run()
+        trainer.training = True
+
+    def _logged(self, trainer: lightning.Trainer) -> dict[str, float]:
+        """What an earlier start of the run has found at this step."""
+        rows = read_rows(Path(trainer.default_root_dir) / METRICS)
+        row = next((row for row in rows if int(row["step"]) == trainer.global_step), {})
+        return {key: float(value) for key, value in row.items() if key.startswith("val/") and value}
 
     def levels(self, path: DiffusionPath) -> list[float]:
         """The levels within the path's range."""

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from denoiselab.evaluation.generate import balanced_labels, generate
 from denoiselab.evaluation.pictures import image_grid
-from denoiselab.training.logs import log_image
+from denoiselab.training.logs import log_image, save_picture
 from denoiselab.training.module import DiffusionModule
 
 
@@ -30,27 +30,33 @@ class SampleGrid(Callback):
             if value < 1:
                 raise ValueError(f"{key}={value}: must be at least 1")
         self.every, self.rows, self.seed = every, rows, seed
-        self._drawn = 0
 
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: object) -> None:
         """Draw when a multiple of `every` has just been reached."""
         if trainer.global_step > 0 and trainer.global_step % self.every == 0:
             self._draw(trainer, pl_module)
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Draw first if the run was stopped between the checkpoint of a step and the grid of the same step."""
+        step = trainer.global_step
+        if step > 0 and step % self.every == 0 and step < trainer.max_steps:
+            self._draw(trainer, pl_module)
+
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Draw the end of the run."""
-        self._draw(trainer, pl_module)
+        if trainer.global_step >= trainer.max_steps:
+            self._draw(trainer, pl_module)
 
     def _draw(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, DiffusionModule)
-        if trainer.global_step == self._drawn or not trainer.is_global_zero:
-            return
-        self._drawn = trainer.global_step
         folder = Path(trainer.default_root_dir) / "samples"
+        names = {name: folder / f"step_{trainer.global_step:07d}_{name}.png" for name in module.ema.names}
+        if not trainer.is_global_zero or all(path.exists() for path in names.values()):
+            return
         folder.mkdir(exist_ok=True)
         columns = min(module.num_classes, 20) or self.rows
         count = columns * self.rows
-        for weights in module.ema.names:
+        for weights, path in names.items():
             with module.denoiser(weights) as denoiser:
                 images = generate(
                     denoiser,
@@ -64,5 +70,5 @@ class SampleGrid(Callback):
                     device=module.device,
                 )
             picture = image_grid(images, columns)
-            picture.save(folder / f"step_{trainer.global_step:07d}_{weights}.png")
+            save_picture(picture, path)
             log_image(trainer, f"samples/{weights}", picture)

@@ -13,9 +13,10 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import DDPStrategy
 
-from denoiselab.training.checkpoint import AtomicCheckpointIO
+from denoiselab.training.checkpoint_io import AtomicCheckpointIO
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -86,7 +87,7 @@ class TrainerSettings:
 
     def build(self, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]) -> lightning.Trainer:
         """The Trainer of a run."""
-        return lightning.Trainer(
+        trainer = lightning.Trainer(
             accelerator=self.accelerator,
             devices=self.devices,
             num_nodes=self.num_nodes,
@@ -110,6 +111,17 @@ class TrainerSettings:
             enable_model_summary=False,
             log_every_n_steps=1,
         )
+        trainer.fit_loop.__class__ = _WholeFitLoop
+        return trainer
+
+
+class _WholeFitLoop(_FitLoop):
+    """Lightning's, which also begins and ends a run that has no steps left: what follows its last step may be missing."""
+
+    @property
+    def skip(self) -> bool:
+        """Whether to do nothing at all."""
+        return False
 
 
 def free_cores(processes: int = 1, cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:

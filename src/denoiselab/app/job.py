@@ -1,0 +1,201 @@
+"""A training job: where a run begins, whether it can, its folder, and what every process of it is told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+
+from denoiselab.app.build import Training, make_module
+from denoiselab.app.nodes import Parts, make_network
+from denoiselab.app.resume import Start, find_start
+from denoiselab.app.weights import fit
+from denoiselab.runs.changes import check_changes
+from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.folder import (
+    COMMAND,
+    CONFIG,
+    STARTS,
+    SUMMARY,
+    VERSIONS,
+    command_line,
+    held,
+    make_folder,
+    make_run_folder,
+    versions,
+    write_json,
+)
+from denoiselab.runs.secrets import redact
+from denoiselab.training.checkpoint import load_checkpoint, network_weights
+from denoiselab.training.history import rewind
+from denoiselab.training.module import DiffusionModule
+from denoiselab.training.saving import Checkpoints, check_space, checkpoint_bytes
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of a run is told.
+
+    Args:
+        config: resolved, plain data.
+        folder: of the run.
+        threads: per process.
+        checkpoint: to go on from.
+        data: the fingerprints of both splits.
+        notes: about the start, for the log.
+    """
+
+    config: dict[str, Any]
+    folder: str
+    threads: int
+    checkpoint: str | None
+    data: dict[str, str]
+    notes: tuple[str, ...]
+
+
+def open_job(
+    parts: Parts, training: Training, config: dict[str, Any], name: str, how: dict[str, Any], lock: ExitStack
+) -> Job:
+    """Decide where a run begins, check that it can, and open its folder.
+
+    Args:
+        parts: of the run.
+        training: of the run.
+        config: of the run.
+        name: for a folder of its own.
+        how: overrides and choices, for command.json.
+        lock: holds the folder until it is closed.
+
+    Raises:
+        ConfigError: if the run cannot begin so.
+    """
+    start = find_start(config)
+    data = {split: parts.data.fingerprint(split) for split in ("train", "test")}
+    changes = check_resumed(start.checkpoint, config, data) if start.checkpoint else []
+    parameters = sum(p.numel() for p in make_network(config, device="meta").parameters())
+    files = sum(c.most_files for c in training.callbacks.values() if isinstance(c, Checkpoints))
+    try:
+        check_space(
+            start.folder or Path(config["runs"]), files * checkpoint_bytes(parameters, len(training.ema.decays))
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    folder = open_folder(start, config, name, how, data, lock)
+    return Job(
+        config=config,
+        folder=str(folder),
+        threads=training.settings.choose_threads(),
+        checkpoint=None if start.checkpoint is None else str(start.checkpoint.resolve()),
+        data=data,
+        notes=(*(f"damaged, left alone: {line}" for line in start.damaged), *(f"changed: {line}" for line in changes)),
+    )
+
+
+def check_resumed(checkpoint: Path, config: dict[str, Any], data: dict[str, str]) -> list[str]:
+    """See to it that a run can go on from a checkpoint under a config; the differences that are harmless or allowed.
+
+    Args:
+        checkpoint: a whole one.
+        config: to go on with.
+        data: fingerprints of both splits now.
+
+    Raises:
+        ConfigError: if the network, the data or the meaning of the run has changed.
+    """
+    loaded = load_checkpoint(checkpoint)
+    changes = check_changes(loaded["config"], config, config["allow"])
+    misfits = fit(network_weights(loaded, "raw"), make_network(config, device="meta"))
+    if misfits:
+        raise ConfigError(f"resume={checkpoint}: the network differs: {misfits}")
+    recorded = loaded.get("data")
+    for split, now in data.items():
+        then = str(recorded.get(split)) if isinstance(recorded, dict) else "unknown"
+        if now != then and "data" not in config["allow"]:
+            raise ConfigError(
+                f"datamodule: the {split} data is not what the run has trained with (fingerprint {now[:8]}, then {then[:8]}); "
+                "allow=[data] goes on all the same"
+            )
+    return changes
+
+
+def open_folder(
+    start: Start, config: dict[str, Any], name: str, how: dict[str, Any], data: dict[str, str], lock: ExitStack
+) -> Path:
+    """The folder of the run: made, or taken over; says in it how it was started.
+
+    Raises:
+        ConfigError: if it cannot be made, or another process works in it.
+    """
+    begun = start.exists
+    try:
+        folder = make_run_folder(Path(config["runs"]), name) if start.folder is None else make_folder(start.folder)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    lock.enter_context(held(folder))
+    if begun:
+        rewind(folder, first_step(start.checkpoint))
+    elif (folder / CONFIG).exists():
+        raise ConfigError(f"run={folder}: another process has just begun a run there")
+    write_json(folder / COMMAND, {"command": command_line(), **how})
+    write_json(folder / VERSIONS, versions())
+    write_json(folder / CONFIG, config)  # last for a new run: what has a config is a run
+    with (folder / STARTS).open("a") as file:
+        began = {
+            "time": datetime.now().isoformat(timespec="seconds"),
+            "step": first_step(start.checkpoint),
+            "data": data,
+        }
+        file.write(json.dumps(redact(began | {"command": command_line()} | versions())) + "\n")
+    write_json(folder / SUMMARY, {"status": "running"})
+    return folder
+
+
+def first_step(checkpoint: Path | None) -> int:
+    """The step that a run goes on from; 0 without a checkpoint."""
+    return 0 if checkpoint is None else load_checkpoint(checkpoint)["global_step"]
+
+
+def agree(prepare: Callable[[], Job]) -> Job:
+    """The job as rank 0 prepares it, on every rank that a launcher such as torchrun has started.
+
+    Raises:
+        ConfigError: on all of them, if it cannot.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group()
+    box: list[Job | ConfigError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [prepare()]
+        except ConfigError as error:
+            box = [error]
+    dist.broadcast_object_list(box)
+    if isinstance(box[0], ConfigError):
+        raise box[0]
+    assert box[0] is not None
+    return box[0]
+
+
+def set_up(
+    job: Job, parts: Parts, training: Training, loggers: list[Logger], callbacks: list[Callback]
+) -> tuple[lightning.Trainer, DiffusionModule]:
+    """The trainer and the module of a run, in this process, which may be one of several."""
+    config = job.config
+    torch.set_num_threads(job.threads)
+    network = make_network(config)
+    if training.initial is not None:
+        network.load_state_dict(training.initial)
+    if config["compile"]:
+        network.compile()
+    module = make_module(config, parts, training, network, job.data)
+    return training.settings.build(Path(job.folder), loggers, callbacks), module

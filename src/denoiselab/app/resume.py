@@ -1,0 +1,144 @@
+"""Which folder a run works in, and from which checkpoint it goes on.
+
+`run=<folder> resume=auto` goes on from the newest good checkpoint of a folder, or begins there if it is new: a batch job can
+be started with the same line again and again. What the run was started with stands in its folder, and need not be typed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.folder import COMMAND, CONFIG, LOCK, VERSIONS
+
+OF_THE_COMMAND = ("run", "resume", "allow", "trust")  # what a folder has no say in
+_PLAIN = re.compile(r"(\+\+|\+|~)?(?!hydra\b)[A-Za-z_][\w./@:-]*(=.*)?", re.DOTALL)
+restored: list[str] = []  # the overrides of this command that come from a run folder, not from whoever typed it
+
+
+def key_of(override: str) -> str:
+    """The key of an override such as `+callbacks.x.every=3` or `sampler@other=heun`."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def restore_overrides(arguments: list[str]) -> list[str]:
+    """A command line completed by the overrides that its run was started with, but for those that are typed again.
+
+    Args:
+        arguments: of the command line.
+
+    Raises:
+        ConfigError: if the folder holds anything but plain overrides.
+    """
+    restored.clear()
+    typed = {key_of(a): a.partition("=")[2].strip("'\"") for a in arguments if "=" in a and not a.startswith("-")}
+    resume = typed.get("resume", "none")
+    if resume in ("none", "null") or {"-m", "--multirun"} & set(arguments):
+        return arguments
+    source = Path(typed["run"]) if resume == "auto" and typed.get("run") else Path(resume)
+    folder = source.parents[1] if source.is_file() and len(source.parents) > 1 else source
+    try:
+        stored = json.loads((folder / COMMAND).read_text())["overrides"]
+    except FileNotFoundError:
+        return arguments
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ConfigError(f"run={folder}: its {COMMAND} cannot be read") from error
+    odd = (
+        [o for o in stored if not isinstance(o, str) or not _PLAIN.fullmatch(o)]
+        if isinstance(stored, list)
+        else [stored]
+    )
+    if odd:
+        raise ConfigError(f"run={folder}: {COMMAND} holds {str(odd[0])[:80]!r}, which is no override of a run")
+    restored[:] = [o for o in stored if key_of(o) not in {*typed, *OF_THE_COMMAND}]
+    return [*restored, *arguments]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run works and begins.
+
+    Args:
+        folder: of the run: an existing one to go on in, a new one of that name, or None for one with a name of its own.
+        checkpoint: to go on from; None begins at step 0.
+        damaged: what is wrong with newer checkpoints, a line each.
+    """
+
+    folder: Path | None
+    checkpoint: Path | None = None
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def exists(self) -> bool:
+        """Whether the folder already holds a run."""
+        return self.folder is not None and (self.folder / CONFIG).is_file()
+
+
+def find_start(config: dict[str, Any]) -> Start:
+    """What `run=` and `resume=` ask for.
+
+    Raises:
+        ConfigError: if there is no such checkpoint, it is damaged, or it is not the end of its run.
+    """
+    from denoiselab.training.checkpoint import FOLDER, newest_valid, verify
+
+    resume, folder = config["resume"], None if config["run"] is None else Path(config["run"])
+    begun = folder is not None and (folder / CONFIG).is_file()
+    if folder is not None and not begun and folder.exists() and not _is_free(folder):
+        raise ConfigError(f"run={folder}: exists and is no run folder")
+    if resume == "none":
+        if begun:
+            raise ConfigError(f"run={folder}: holds a run already; resume=auto goes on with it")
+        return Start(folder)
+    if resume == "auto":
+        if folder is None:
+            raise ConfigError("resume=auto: say of which run, run=<folder>; a folder that is not there is made")
+        return Start(folder, *_newest(folder)) if begun else Start(folder)
+    path = Path(resume)
+    if path.is_dir():
+        found, damaged = _newest(path)
+        if found is None:
+            raise ConfigError(f"resume={path}: has no checkpoint in {FOLDER}/")
+        path = found
+    else:
+        problem, damaged = ("no such file" if not path.is_file() else verify(path)), ()
+        if problem:
+            raise ConfigError(f"resume={path}: {problem}")
+    home = path.parent.parent if path.parent.name == FOLDER and (path.parent.parent / CONFIG).is_file() else None
+    if folder is not None and (home is None or folder.resolve() != home.resolve()):
+        if begun:
+            raise ConfigError(f"run={folder}: holds another run already; give run=<new folder> to branch off into")
+        return Start(folder, path, damaged)
+    if home is None:
+        raise ConfigError(f"resume={path}: lies in no run folder; say where to go on, run=<new folder>")
+    newest, _ = newest_valid(home / FOLDER)
+    if newest is not None and newest.resolve() != path.resolve():
+        raise ConfigError(
+            f"resume={path}: the run has gone on to {newest.name} since; resume=auto goes on from there, run=<new folder> "
+            "branches off here"
+        )
+    return Start(home, path, damaged)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder without a config is empty, but for what a start leaves that was killed before it wrote one."""
+    left = (LOCK, COMMAND, VERSIONS)
+    return folder.is_dir() and all(p.name in left or p.name.endswith(".partial") for p in folder.iterdir())
+
+
+def _newest(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
+    """The newest good checkpoint of a run, and what is wrong with newer ones.
+
+    Raises:
+        ConfigError: if there are some and none is good: to start over would lose the run without a word.
+    """
+    from denoiselab.training.checkpoint import FOLDER, newest_valid
+
+    found, damaged = newest_valid(folder / FOLDER)
+    if found is None and damaged:
+        raise ConfigError(f"run={folder}: none of its checkpoints is whole: {'; '.join(damaged)}")
+    return found, tuple(damaged)

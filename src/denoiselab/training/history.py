@@ -1,0 +1,121 @@
+"""What a run has written line by line, and how a resumed run goes on with it.
+
+Three files grow while a run trains: metrics.csv (a row for each step at which something was logged), trace.csv (a row for
+each step) and metrics.jsonl (a line for each measured number). A run that is killed at step 57 and goes on from its
+checkpoint of step 40 makes the rows 41 to 57 again; so they are cut off first, and with them a line that was being written.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from denoiselab.runs.folder import write_text
+
+METRICS, TRACE, NUMBERS = "metrics.csv", "trace.csv", "metrics.jsonl"
+
+
+def rewind(run_dir: Path, step: int) -> None:
+    """Leave in the three files what belongs to the steps up to this one."""
+    for name in (METRICS, TRACE):
+        if (run_dir / name).exists():
+            rows = read_rows(run_dir / name)
+            kept = [row for row in rows if int(row["step"]) <= step]
+            write_text(run_dir / name, _table(kept, columns=list(rows[0])) if rows else "")
+    if (run_dir / NUMBERS).exists():
+        numbers = [line for line in read_numbers(run_dir / NUMBERS) if line["protocol"]["step"] <= step]
+        write_text(run_dir / NUMBERS, "".join(f"{json.dumps(line)}\n" for line in numbers))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a CSV file with a column `step`; none if there is no file."""
+    lines = _whole_lines(path)
+    return [row for row in csv.DictReader(lines) if None not in row.values() and row.get("step", "").isdigit()]
+
+
+def read_numbers(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; none if there is no file."""
+    found = []
+    for line in _whole_lines(path):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:  # the machine went down before the disk had it all
+            continue
+    return [line for line in found if isinstance(line, dict) and "step" in line.get("protocol", {})]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    return [line for line in lines if line.endswith("\n") and "\0" not in line]
+
+
+def _table(rows: Iterable[Mapping[str, Any]], header: bool = True, columns: list[str] | None = None) -> str:
+    rows = list(rows)
+    columns = columns or list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def append_rows(path: Path, rows: list[dict[str, Any]], durable: bool = False) -> None:
+    """Add rows of equal keys to a CSV file, which gets a header if it is new; `durable` waits for the disk."""
+    with path.open("a") as file:
+        file.write(_table(rows, header=file.tell() == 0) if rows else "")
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class CSVLogger(Logger):
+    """metrics.csv: one row a step, in whatever order its numbers come; complete after each call, and continued by a resume.
+
+    Lightning's own logger deletes the file of a run that is resumed.
+
+    Args:
+        run_dir: the run folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__()
+        self.path = run_dir / METRICS
+        self.rows: dict[int, dict[str, Any]] = {int(row["step"]): dict(row) for row in read_rows(self.path)}
+        self.columns = list(next(iter(self.rows.values()), {"step": 0}))
+
+    @property
+    def name(self) -> str:
+        """Part of Lightning's interface."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Part of Lightning's interface."""
+        return ""
+
+    def log_hyperparams(self, params: Any, *_: Any, **__: Any) -> None:
+        """config.json has them."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write the numbers of a step."""
+        assert step is not None
+        new = [key for key in metrics if key not in self.columns]
+        amended = step in self.rows
+        self.rows.setdefault(step, {"step": step}).update(metrics)
+        if new or amended:
+            self.columns = ["step", *sorted({*self.columns, *new} - {"step"})]
+            write_text(self.path, _table(self.rows.values(), columns=self.columns))
+            return
+        with self.path.open("a") as file:
+            file.write(_table([self.rows[step]], header=False, columns=self.columns))

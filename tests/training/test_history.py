@@ -1,0 +1,71 @@
+"""The files that grow while a run trains, and how a resumed run cuts and continues them."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from denoiselab.training.history import METRICS, NUMBERS, TRACE, CSVLogger, append_rows, read_numbers, read_rows, rewind
+
+
+def number(step, value=1.0):
+    return {"name": "fd", "value": value, "protocol": {"step": step}}
+
+
+def test_metrics_csv_is_whole_after_every_row(tmp_path):
+    logger = CSVLogger(tmp_path)
+    logger.log_metrics({"a": 1.5}, 7)
+    assert (tmp_path / METRICS).read_text() == "step,a\n7,1.5\n"
+    logger.log_metrics({"a": 2.5}, 8)
+    logger.log_metrics({"b": 2.0}, 8)  # a new column in the middle of a run, for a step that has a row
+    assert (tmp_path / METRICS).read_text() == "step,a,b\n7,1.5,\n8,2.5,2.0\n"
+
+
+def test_a_resumed_run_goes_on_with_its_rows(tmp_path):
+    CSVLogger(tmp_path).log_metrics({"a": 1.5}, 7)
+    CSVLogger(tmp_path).log_metrics({"b": 3.5}, 9)
+    CSVLogger(tmp_path).log_metrics({"a": 4.5, "b": 5.5}, 10)
+    assert (tmp_path / METRICS).read_text() == "step,a,b\n7,1.5,\n9,,3.5\n10,4.5,5.5\n"
+
+
+def test_rewinding_cuts_what_comes_after_a_step(tmp_path):
+    logger = CSVLogger(tmp_path)
+    for step in (10, 20, 30):
+        logger.log_metrics({"a": step / 10}, step)
+    append_rows(tmp_path / TRACE, [{"step": step, "loss": "0.1"} for step in range(1, 31)])
+    (tmp_path / NUMBERS).write_text("".join(f"{json.dumps(number(step))}\n" for step in (10, 20, 30)))
+    rewind(tmp_path, 20)
+    assert (tmp_path / METRICS).read_text() == "step,a\n10,1.0\n20,2.0\n"
+    assert [row["step"] for row in read_rows(tmp_path / TRACE)] == [str(step) for step in range(1, 21)]
+    assert read_numbers(tmp_path / NUMBERS) == [number(10), number(20)]
+    rewind(tmp_path, 0)
+    assert [read_rows(tmp_path / name) for name in (METRICS, TRACE)] == [[], []]
+    append_rows(tmp_path / TRACE, [{"step": 1, "loss": "0.2"}])
+    assert read_rows(tmp_path / TRACE) == [{"step": "1", "loss": "0.2"}]
+
+
+def test_rewinding_an_empty_folder_makes_nothing(tmp_path):
+    rewind(tmp_path, 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("cut", range(1, 10))
+def test_a_line_that_was_being_written_is_dropped(tmp_path, cut):
+    (tmp_path / TRACE).write_text("step,loss\n1,0.12345\n2,0.54321\n"[:-cut])
+    assert read_rows(tmp_path / TRACE) == [{"step": "1", "loss": "0.12345"}]
+    lines = f"{json.dumps(number(1))}\n{json.dumps(number(2))}\n"
+    (tmp_path / NUMBERS).write_text(lines[:-cut])
+    assert read_numbers(tmp_path / NUMBERS) == [number(1)]
+
+
+def test_blocks_that_the_disk_has_lost_are_dropped(tmp_path):
+    (tmp_path / TRACE).write_text("step,loss\n1,0.12345\n\0\0\0\0\n")
+    assert read_rows(tmp_path / TRACE) == [{"step": "1", "loss": "0.12345"}]
+
+
+def test_numbers_that_are_none_survive(tmp_path):
+    (tmp_path / NUMBERS).write_text(f"{json.dumps(number(1, math.nan))}\nnot json\n{json.dumps([1])}\n")
+    (only,) = read_numbers(tmp_path / NUMBERS)
+    assert math.isnan(only["value"])
