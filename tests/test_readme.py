@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "train": "trainer.max_steps=2 trainer.val_every=2 callbacks.monitor.every=1 callbacks.pictures.rows=1 metrics.counts=[20]",
+    "replay": "",
     "sample": "",
     "evaluate": "metrics.counts=[20]",
     "compare": "",
@@ -66,7 +67,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
     assert all(
         (tmp_path / "docs" / "studies" / name / "README.md").is_file() for name in ("frequency", "guidance", "copying")
     )
-    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 7
+    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 9
 
 
 def test_the_table_of_groups_names_every_choice():

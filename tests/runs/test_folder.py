@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
@@ -76,13 +77,23 @@ def started(root, *moments):
 def test_the_newest_run(tmp_path):
     started(tmp_path, 5, 9, 7)
     make_run_folder(tmp_path, "a", datetime(2026, 1, 30))  # without a config: never began
-    assert newest_run(tmp_path).name == "2026-01-09_00-00-00_b"
+    named = tmp_path / "a_folder_with_a_name"
+    named.mkdir()
+    write_json(named / CONFIG, {})
+    now = time.time()
+    for age, run in enumerate(["2026-01-07_00-00-00_b", named.name, "2026-01-09_00-00-00_b", "2026-01-05_00-00-00_b"]):
+        os.utime(tmp_path / run / CONFIG, (now - age, now - age))
+        assert newest_run(tmp_path).name == "2026-01-07_00-00-00_b"
     os.utime(tmp_path / "2026-01-05_00-00-00_b")  # looking into an old run does not make it the newest
-    assert newest_run(tmp_path).name == "2026-01-09_00-00-00_b"
+    assert newest_run(tmp_path).name == "2026-01-07_00-00-00_b"
+    write_json(named / CONFIG, {})  # resumed
+    assert newest_run(tmp_path) == named
 
 
-def test_the_newest_run_of_many_in_one_second(tmp_path):
+def test_the_newest_run_of_many_in_one_moment(tmp_path):
     started(tmp_path, *[5] * 12)
+    for config in tmp_path.glob(f"*/{CONFIG}"):
+        os.utime(config, (1, 1))
     assert newest_run(tmp_path).name == "2026-01-05_00-00-00_b-12"
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from tiny import TinyData, fit, tiny_module, tiny_objective
 
-from denoiselab.data.dataset import InMemoryImages
+from denoiselab.data.dataset import InMemoryImages, LazyImages
+from denoiselab.data.decoding import BrokenImageError
 from denoiselab.diffusion.paths import Cosine, DDPMLinear, RectifiedFlow
 from denoiselab.diffusion.prediction import V
 from denoiselab.training.history import TRACE, read_rows
@@ -48,7 +50,11 @@ def monitored(every=1, folder=None):
         t = module.objective.path.t_of_log_snr(torch.tensor(log_snrs, dtype=torch.float64))
         outputs = {"t": t, "losses": torch.tensor(losses)}
         indices = torch.arange(len(losses))
-        samples = {"index": indices + 100 * trainer.global_step, "place": indices}
+        samples = {
+            "index": indices + 100 * trainer.global_step,
+            "place": indices,
+            "stand_in": torch.zeros_like(indices),
+        }
         monitor.on_train_batch_end(trainer, module, outputs, samples, trainer.global_step - 1)
         return logger.rows
 
@@ -114,6 +120,65 @@ def test_every_step_is_in_the_trace(tmp_path, accumulate):
         assert float(row["loss"]) == pytest.approx(sum(losses[8 * i : 8 * i + 8]) / 8)
         assert float(row["grad_norm"]) > 0
     assert len({row["samples"] for row in rows}) == 5
+
+
+class Fragile(LazyImages):
+    """Twenty images of one class, two of which cannot be read."""
+
+    def __init__(self, broken=(3, 5)):
+        super().__init__(on_corrupt="skip")
+        self.broken = broken
+
+    def __len__(self):
+        return 20
+
+    def path(self, index):
+        return Path(f"{index}.png")
+
+    def read(self, index):
+        if index in self.broken:
+            raise BrokenImageError(f"{index}.png: is empty")
+        return torch.full((1, 4, 4), index, dtype=torch.uint8)
+
+    def peers(self, index):
+        return range(20)
+
+    def label(self, index):
+        return 0
+
+
+class FragileData(TinyData):
+    def load(self, split):
+        return Fragile() if split == "train" else super().load(split)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stand_ins_are_counted_and_each_broken_image_is_named_once(tmp_path, caplog, workers):
+    class Drawn(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            counts.append(int(batch["stand_in"].sum()))
+
+    counts, data, rows = [], FragileData(), Rows(tmp_path)
+    data.num_workers = workers
+    callbacks = [TrainingMonitor(every=4), Drawn()]
+    fit(tiny_module(), tmp_path, steps=10, data=data, callbacks=callbacks, loggers=[rows])
+    assert [row["data/skipped"] for row in rows.rows] == [sum(counts[:4]), sum(counts[4:8])]
+    assert sum(counts) == 8  # 80 draws of 20 images: each of the two four times
+    named = [record.getMessage() for record in caplog.records if "on_corrupt" in record.getMessage()]
+    assert sorted(named) == [
+        f"on_corrupt=skip: {i}.png: is empty; an image of the same class stands in" for i in (3, 5)
+    ]
+
+
+def test_without_stand_ins_none_are_told(tmp_path):
+    rows = Rows(tmp_path)
+    fit(tiny_module(), tmp_path, callbacks=[TrainingMonitor(every=2)], loggers=[rows])
+    assert not any("data/skipped" in row for row in rows.rows)
+
+
+def test_the_number_for_the_samples_tells_a_stand_in():
+    index, place = torch.tensor([5, 9, 2, 7]), torch.arange(4)
+    assert fingerprint(torch.tensor([5, ~9, 2, 7]), place) != fingerprint(index, place)
 
 
 def test_a_resumed_run_writes_the_rows_and_the_trace_of_one_that_was_not_stopped(tmp_path):

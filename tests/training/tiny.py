@@ -89,12 +89,12 @@ def tiny_module(*, dropout=0.0, batch_size=8, **changes):
     return DiffusionModule(**(parts | changes))
 
 
-def fit(module, run_dir, *, callbacks=(), loggers=(), steps=4, val_every=1000, resume=None, **settings):
-    """Train on TinyData with the project's own trainer."""
+def fit(module, run_dir, *, callbacks=(), loggers=(), steps=4, val_every=1000, resume=None, data=None, **settings):
+    """Train on TinyData, unless told otherwise, with the project's own trainer."""
     run_dir.mkdir(exist_ok=True)
     built = TrainerSettings(accelerator="cpu", devices=1, max_steps=steps, val_every=val_every, **settings)
     trainer = built.build(run_dir, list(loggers), list(callbacks))
-    trainer.fit(module, datamodule=TinyData(batch_size=module.batch_size), ckpt_path=resume)
+    trainer.fit(module, datamodule=data or TinyData(batch_size=module.batch_size), ckpt_path=resume)
     return trainer
 
 

@@ -170,7 +170,8 @@ def composition_message(error: Exception, arguments: list[str]) -> str:
     options, missing = getattr(error, "options", None), getattr(error, "missing_cfg_file", None)
     if options and missing:
         group, _, choice = str(missing).rpartition("/")
-        return f"{group}={choice}: must be one of {', '.join(options)}"
+        typed = next((a for a in arguments if a.replace("=", "/", 1) == missing), f"{group}={choice}")
+        return f"{typed}: must be one of {', '.join(options)}"
     for link in chain:
         key, parent = getattr(link, "full_key", None), getattr(link, "parent_node", None)
         if key and "not in struct" in str(link):

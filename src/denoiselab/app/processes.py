@@ -23,6 +23,7 @@ from denoiselab.app.trained import choose_device
 from denoiselab.evaluation.collect import broadcast, ranks
 from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.launch import ECHO_SECONDS, is_echo, launch, launched_from_outside
+from denoiselab.runs.secrets import redact_terminal
 from denoiselab.training.trainer import free_cores
 
 MEETING = timedelta(minutes=10)  # all ranks must be there by then
@@ -132,6 +133,7 @@ def _child(function: Callable[..., Any], arguments: tuple[Any, ...], kind: str, 
 def _in_group(function: Callable[..., Any], arguments: tuple[Any, ...], kind: str, threads: int) -> Any:
     """Call the function as a member of the process group; its value on rank 0, else None."""
     torch.set_num_threads(threads)
+    redact_terminal()  # a process that was started for this has not been through the command line
     if kind == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():  # a launcher's processes meet once, also for the several jobs of a multirun

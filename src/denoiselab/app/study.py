@@ -22,7 +22,7 @@ from rich.console import Console
 
 from denoiselab.app.build import make_training
 from denoiselab.app.compose import composition_message, config_folder
-from denoiselab.app.nodes import check_keys, make
+from denoiselab.app.nodes import check_keys, make_node
 from denoiselab.app.sample import run_folder
 from denoiselab.app.train import train
 from denoiselab.app.trained import load_trained
@@ -53,7 +53,7 @@ def study(options: dict[str, Any], choices: dict[str, str], overrides: list[str]
     check_keys(options, STUDY_KEYS)
     started, console, name = time.perf_counter(), Console(), choices["study"]
     torch.set_num_threads(free_cores())
-    found: Study = make(options, "study")
+    found: Study = make_node(options["study"], "study")
     folder = Path(options["output"] or f"studies/{name}")
     laboratory = Laboratory(
         run=cache(lambda: _load(options)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
@@ -22,10 +23,7 @@ from denoiselab.app.resume import restored
 from denoiselab.evaluation.records import protocol_id
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
 from denoiselab.runs.errors import INTERRUPTED, ConfigError, RankError, Stopped
-from denoiselab.runs.folder import (
-    SUMMARY,
-    write_json,
-)
+from denoiselab.runs.folder import SUMMARY, write_json
 from denoiselab.runs.launch import ECHO_SECONDS, is_echo, launch, launched_from_outside
 from denoiselab.runs.secrets import RedactingFormatter, redact_terminal
 from denoiselab.runs.trust import check_targets
@@ -161,7 +159,9 @@ def _fit(
             facts = {"run": run_dir, "status": status, "steps": trainer.global_step, "seconds": seconds}
             if measurement.seconds:
                 facts["measuring"] = time_line(measurement.seconds)
-            losses = {key: f"{value:,.4g}" for key, value in summary["losses"].items()}
+            losses = {
+                key: "not finite" if value is None else f"{value:,.4g}" for key, value in summary["losses"].items()
+            }
             print_results(console, facts | losses, measurement.numbers)
     if stopped is not None:
         raise Stopped(stopped.number, how_to_go_on(run_dir))
@@ -199,7 +199,7 @@ def summarise(
         "steps": trainer.global_step,
         "seconds": seconds,
         "weights": kind,
-        "losses": {key: round(latest[key], 6) for key in keys if key in latest},
+        "losses": {key: round(latest[key], 6) if math.isfinite(latest[key]) else None for key in keys if key in latest},
         "metrics": {number.name: number.value for number in numbers},
         "real": {number.name: number.floor for number in numbers if number.floor is not None},
         "protocols": {number.name: protocol_id(number.protocol) for number in numbers},

@@ -17,6 +17,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
+from denoiselab.data.decoding import KINDS
 from denoiselab.evaluation.generate import Source
 
 PROTOCOL = "protocol.json"  # in a folder of samples: how they were drawn, and how many
@@ -155,7 +156,7 @@ def _shards(files: Sequence[Path], channels: int) -> tuple[Fetch, np.ndarray]:
 def _pictures(folder: Path, files: Sequence[Path], channels: int) -> tuple[Fetch, np.ndarray]:
     sizes = set()
     for file in files:
-        with _reading(file), Image.open(file) as picture:
+        with _reading(file), Image.open(file, formats=KINDS) as picture:
             sizes.add(picture.size)
     if len(sizes) > 1:
         raise ValueError(f"images={folder}: must all be of one size")
@@ -163,7 +164,7 @@ def _pictures(folder: Path, files: Sequence[Path], channels: int) -> tuple[Fetch
     mode = "L" if channels == 1 else "RGB"
 
     def fetch(number: int) -> np.ndarray:
-        with _reading(files[number]), Image.open(files[number]) as picture:
+        with _reading(files[number]), Image.open(files[number], formats=KINDS) as picture:
             return np.asarray(picture.convert(mode)).reshape(height, width, channels)
 
     names = sorted({str(file.parent.relative_to(folder)) for file in files} - {"."})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import re
@@ -36,6 +37,7 @@ PACKAGES = (
     "torch-fidelity",
     "numpy",
 )
+log = logging.getLogger(__name__)
 
 
 def make_run_folder(root: Path, name: str, now: datetime | None = None) -> Path:
@@ -95,9 +97,11 @@ def held(folder: Path) -> Iterator[None]:
     with (folder / LOCK).open("a+") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except (BlockingIOError, PermissionError):
             file.seek(0)
             raise ConfigError(f"run={folder}: is being trained by {file.read().strip() or 'another process'}") from None
+        except OSError as error:  # some file systems of clusters know no locks
+            log.warning("run=%s: cannot be locked (%s); let no other process train it", folder, error.strerror)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
@@ -105,20 +109,20 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def newest_run(root: Path) -> Path:
-    """The run that was started last (folder names begin with the time).
+    """The run that was started or resumed last: each start writes its config.
 
     Raises:
         ValueError: if there is none.
     """
 
-    def order(run: Path) -> tuple[str, int]:
-        number = re.search(r"-(\d+)$", run.name)  # the tenth of a second comes after the ninth
-        return (run.name[: number.start()], int(number[1])) if number else (run.name, 1)
+    def order(config: Path) -> tuple[int, list[int]]:
+        """Among those of one moment, as coarse file systems have them, the tenth comes after the ninth."""
+        return config.stat().st_mtime_ns, [int(number) for number in re.findall(r"\d+", config.parent.name)]
 
-    runs = sorted((path.parent for path in root.glob(f"*/{CONFIG}")), key=order)
-    if not runs:
+    configs = sorted(root.glob(f"*/{CONFIG}"), key=order)
+    if not configs:
         raise ValueError(f"run=null: there is no run in {root}; train one, or give run=<folder>")
-    return runs[-1].resolve()
+    return configs[-1].parent.resolve()
 
 
 def prepare_folder(folder: Path) -> None:

@@ -182,10 +182,8 @@ class DiffusionModule(lightning.LightningModule):
         for key in [k for k in state if k.startswith("network.")]:
             state[key] = self.ema.raw(key.removeprefix("network."), state[key])
         averages = self.ema.state_dict()
-        checkpoint.update(environment=environment())
-        checkpoint.update(
-            schema=SCHEMA, config=self.config, data=self.data, ema=averages["averages"], ema_updates=averages["updates"]
-        )
+        checkpoint.update(schema=SCHEMA, environment=environment(), config=self.config, data=self.data)
+        checkpoint.update(ema=averages["averages"], ema_updates=averages["updates"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the averages over; one that is new begins with the weights."""

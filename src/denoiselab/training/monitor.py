@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from denoiselab.data.dataset import LazyImages
 from denoiselab.diffusion.noise import NoiseSource
 from denoiselab.diffusion.paths import Path as DiffusionPath
 from denoiselab.training.history import METRICS, TRACE, append_rows, read_rows
@@ -33,7 +34,8 @@ class TrainingMonitor(Callback):
 
     `train/loss`, `train/loss_by_log_snr/<bin>` (bins by log-SNR, comparable between paths), `train/grad_norm` (before
     clipping), `train/lr`, `train/images_per_second` (waiting for data counts; validation, sampling and saving do not), and
-    `train/skipped_steps`, if there were any. Also writes trace.csv, a row for each step: its loss and gradient norm, and a
+    `train/skipped_steps` and `data/skipped` (draws of images that could not be decoded), if there were any; each such image is
+    named once in the log. Also writes trace.csv, a row for each step: its loss and gradient norm, and a
     number that stands for which samples it saw at which places; a replay is held to it. Nothing is read from the device
     in between. List it before callbacks that take time.
 
@@ -52,6 +54,7 @@ class TrainingMonitor(Callback):
             Tensor
         ] = []  # finished since they were last read: see `_of_micro_batch`, and the gradient norm
         self.window: list[list[float]] = []  # the same of all ranks, since the last row
+        self.drawn: list[Tensor] = []  # since steps were last read: indices, as `~index` where another image stood in
         self._trainer: lightning.Trainer | None = None
         self._seconds, self._samples = 0.0, 0
 
@@ -74,6 +77,7 @@ class TrainingMonitor(Callback):
         assert isinstance(pl_module, DiffusionModule)
         self._seconds += time.perf_counter() - pl_module.waiting_since
         self._samples += len(outputs["losses"])
+        self.drawn.append(torch.where(batch["stand_in"] > 0, ~batch["index"], batch["index"]))
         self.micro_batches.append(self._of_micro_batch(pl_module, outputs, batch))
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
@@ -85,7 +89,7 @@ class TrainingMonitor(Callback):
             self._log(trainer, pl_module)
 
     def _of_micro_batch(self, module: DiffusionModule, outputs: Any, batch: dict[str, Tensor]) -> Tensor:
-        """Sums of the losses and of their weights in each bin, and the number for its samples; float64."""
+        """Sums of the losses and of their weights in each bin, stand-ins, and the number for its samples; float64."""
         objective, t = module.objective, outputs["t"]
         which = torch.bucketize(objective.path.log_snr(t), self.edges)
         sums = torch.zeros(2, len(EDGES) + 1, dtype=torch.float64, device=t.device)
@@ -93,7 +97,8 @@ class TrainingMonitor(Callback):
         counts = objective.time_sampling.weight(objective.path, t)
         sums[0].index_add_(0, which, outputs["losses"].to(sums))
         sums[1].index_add_(0, which, counts.to(sums))
-        return torch.cat([sums.flatten(), fingerprint(batch["index"], batch["place"]).to(sums).reshape(1)])
+        samples = torch.stack([batch["stand_in"].sum(), fingerprint(self.drawn[-1], batch["place"])])
+        return torch.cat([sums.flatten(), samples.to(sums)])
 
     def read(self) -> None:
         """Read the finished steps from the device, sum over the ranks, and write trace.csv; to be called on all ranks."""
@@ -106,6 +111,7 @@ class TrainingMonitor(Callback):
         totals[:, -1] = mine[:, -1]
         rows = totals.tolist()
         self.steps, self.window = [], [*self.window, *rows]
+        self._name_broken(trainer, any(row[-3] for row in rows))
         if not trainer.is_global_zero:
             return
         first = trainer.global_step - len(rows) + 1
@@ -120,6 +126,18 @@ class TrainingMonitor(Callback):
             for i, row in enumerate(rows)
         ]
         append_rows(Path(trainer.default_root_dir) / TRACE, trace, durable=True)
+
+    def _name_broken(self, trainer: lightning.Trainer, some: bool) -> None:
+        """Have the data set name the images that others stood in for on any rank."""
+        drawn, self.drawn = self.drawn, []
+        if not some:  # the same on all ranks
+            return
+        everyone = trainer.strategy.all_gather(torch.cat(drawn))
+        assert isinstance(everyone, Tensor)
+        broken = [~index for index in everyone.flatten().tolist() if index < 0]
+        samples = trainer.datamodule.train_set()  # type: ignore[attr-defined]
+        if trainer.is_global_zero and isinstance(samples, LazyImages):
+            samples.tell(broken)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """The trace ends with the run."""
@@ -157,6 +175,8 @@ class TrainingMonitor(Callback):
         }
         if len(finite) < len(self.window):
             self.latest["train/skipped_steps"] = len(self.window) - len(finite)
+        if stand_ins := sum(row[-3] for row in self.window):
+            self.latest["data/skipped"] = stand_ins
         log_metrics(trainer, self.latest)
         self.window, self._seconds, self._samples = [], 0.0, 0
 
@@ -167,7 +187,7 @@ def fingerprint(index: Tensor, place: Tensor) -> Tensor:
     A sum of 32-bit hashes, so that ranks and micro-batches add up; exact in float64 for batches of up to a million.
 
     Args:
-        index: of the samples in the data set, int64 of shape (B,).
+        index: of the samples in the data set, `~index` where another one stands in, int64 of shape (B,).
         place: of the samples in the global batch, int64 of shape (B,).
     """
     mixed = index * 0x9E3779B97F4A7C1 + place * 0x2545F4914F6CDD1D + 0x1B873593
