@@ -69,7 +69,7 @@ def test_a_run_is_made_in_the_working_folder(trained, tiny_run):
 
 def test_a_run_holds_all_that_is_needed_to_know_what_ran(tiny_run):
     made = {"checkpoints", "samples", "wandb", "train.log", "metrics.csv", "metrics.jsonl", "trace.csv"}
-    made |= {"id", "starts.jsonl", ".lock"}
+    made |= {"id", "starts.jsonl", ".lock", ".writing"}
     assert {path.name for path in tiny_run.iterdir()} == made | {
         "config.json",
         "command.json",

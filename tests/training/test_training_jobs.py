@@ -135,6 +135,7 @@ def test_a_job_succeeds_and_says_where_it_went(one_rank):
         "starts.jsonl",
         "id",
         ".lock",
+        ".writing",
         "train.log",
         "checkpoints",
         "samples",

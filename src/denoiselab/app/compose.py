@@ -37,6 +37,7 @@ from denoiselab.runs.secrets import (
     redact_terminal,
     redact_yaml,
 )
+from denoiselab.runs.signals import held_back, stopping
 
 KEPT = 500  # characters at either end of a long message
 
@@ -58,14 +59,33 @@ def command(config_name: str, task: str, complete: Callable[[list[str]], list[st
         task: "module:function" of (config, choice of each group, overrides); imported after composition.
         complete: makes the arguments to compose of those that were typed.
     """
+    try:
+        with stopping():
+            for job in _compose(config_name, complete):  # several with --multirun
+                with held_back():  # libraries answer an interrupted import in ways of their own
+                    run = get_method(task.replace(":", "."))
+                run(*job)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.code)
+    except (ConfigError, RankError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        mistake = isinstance(error, ConfigError)
+        print(f"config error: {one_line(str(error))}" if mistake else f"error: {error}", file=sys.stderr)
+        sys.exit(2 if mistake else 1)
+
+
+def _compose(config_name: str, complete: Callable[[list[str]], list[str]]) -> list[tuple[Any, ...]]:
+    """The jobs that the command line asks for: config, choice of each group, overrides.
+
+    Raises:
+        ConfigError: if it cannot be composed.
+    """
     jobs: list[tuple[Any, ...] | Exception] = []
     secrets = [*environment_secrets(os.environ), *argument_secrets(sys.argv[1:])]
     redact_terminal(secrets)
-    try:
-        typed = complete(sys.argv[1:])
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        sys.exit(2)
+    typed = complete(sys.argv[1:])
     sys.argv[1:] = redact_arguments(typed, secrets)  # Hydra, and W&B later, see nothing else
     hidden = [new.partition("=")[0].lstrip("+~") for old, new in zip(typed, sys.argv[1:], strict=True) if old != new]
 
@@ -99,24 +119,12 @@ def command(config_name: str, task: str, complete: Callable[[list[str]], list[st
         if asked is not None:
             os.environ["HYDRA_FULL_ERROR"] = asked
     problem = next((job for job in jobs if isinstance(job, Exception)), None)
-    try:
-        if problem is not None:
-            raise ConfigError(composition_message(problem, sys.argv[1:])) from problem
-        if hidden:
-            keys = ", ".join(dict.fromkeys(hidden))
-            print(f"warning: {keys}: looks like a secret, and is {MASK} from here on", file=sys.stderr)
-        for job in jobs:  # several with --multirun
-            assert isinstance(job, tuple)
-            get_method(task.replace(":", "."))(*job)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.code)
-    except (ConfigError, RankError) as error:
-        if asked == "1":
-            traceback.print_exc()
-        mistake = isinstance(error, ConfigError)
-        print(f"config error: {one_line(str(error))}" if mistake else f"error: {error}", file=sys.stderr)
-        sys.exit(2 if mistake else 1)
+    if problem is not None:
+        raise ConfigError(composition_message(problem, sys.argv[1:])) from problem
+    if hidden:
+        keys = ", ".join(dict.fromkeys(hidden))
+        print(f"warning: {keys}: looks like a secret, and is {MASK} from here on", file=sys.stderr)
+    return [job for job in jobs if isinstance(job, tuple)]
 
 
 def one_line(text: str) -> str:

@@ -21,10 +21,11 @@ from denoiselab.app.nodes import Parts, make_network
 from denoiselab.app.resume import Start, find_start
 from denoiselab.app.weights import fit
 from denoiselab.runs.changes import check_changes
-from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.folder import (
     COMMAND,
     CONFIG,
+    RUNNING,
     STARTS,
     SUMMARY,
     VERSIONS,
@@ -36,10 +37,11 @@ from denoiselab.runs.folder import (
     write_json,
 )
 from denoiselab.runs.secrets import redact
-from denoiselab.training.checkpoint import load_checkpoint, network_weights
-from denoiselab.training.history import rewind
+from denoiselab.training.checkpoint import FOLDER, load_checkpoint, network_weights, step_name
+from denoiselab.training.checkpoint_io import link_atomically, load_run
+from denoiselab.training.history import append_text, rewind
 from denoiselab.training.module import DiffusionModule
-from denoiselab.training.saving import Checkpoints, check_space, checkpoint_bytes
+from denoiselab.training.saving import Checkpoints, check_space, checkpoint_bytes, written_bytes
 
 
 @dataclass(frozen=True)
@@ -80,24 +82,33 @@ def open_job(
         ConfigError: if the run cannot begin so.
     """
     start = find_start(config)
+    if start.exists and start.folder is not None:
+        lock.enter_context(held(start.folder))
+        start = find_start(config)  # another process may have gone on with it until now
     data = {split: parts.data.fingerprint(split) for split in ("train", "test")}
     changes = check_resumed(start.checkpoint, config, data) if start.checkpoint else []
     parameters = sum(p.numel() for p in make_network(config, device="meta").parameters())
     files = sum(c.most_files for c in training.callbacks.values() if isinstance(c, Checkpoints))
+    needed = files * checkpoint_bytes(parameters, len(training.ema.decays))
+    if start.exists and start.folder is not None:
+        needed -= written_bytes(start.folder / FOLDER)
     try:
-        check_space(
-            start.folder or Path(config["runs"]), files * checkpoint_bytes(parameters, len(training.ema.decays))
-        )
+        check_space(start.folder or Path(config["runs"]), needed)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     folder = open_folder(start, config, name, how, data, lock)
+    again = ["no checkpoint yet: begins again at step 0"] if start.exists and start.checkpoint is None else []
     return Job(
         config=config,
         folder=str(folder),
         threads=training.settings.choose_threads(),
-        checkpoint=None if start.checkpoint is None else str(start.checkpoint.resolve()),
+        checkpoint=None if start.checkpoint is None else str(folder / FOLDER / start.checkpoint.name),
         data=data,
-        notes=(*(f"damaged, left alone: {line}" for line in start.damaged), *(f"changed: {line}" for line in changes)),
+        notes=(
+            *again,
+            *(f"damaged, left alone: {line}" for line in start.damaged),
+            *(f"changed: {line}" for line in changes),
+        ),
     )
 
 
@@ -112,7 +123,10 @@ def check_resumed(checkpoint: Path, config: dict[str, Any], data: dict[str, str]
     Raises:
         ConfigError: if the network, the data or the meaning of the run has changed.
     """
-    loaded = load_checkpoint(checkpoint)
+    try:
+        loaded = load_run(checkpoint)
+    except ValueError as error:
+        raise ConfigError(f"resume={checkpoint}: {str(error).removeprefix(f'checkpoint={checkpoint}: ')}") from error
     changes = check_changes(loaded["config"], config, config["allow"])
     misfits = fit(network_weights(loaded, "raw"), make_network(config, device="meta"))
     if misfits:
@@ -136,27 +150,30 @@ def open_folder(
     Raises:
         ConfigError: if it cannot be made, or another process works in it.
     """
-    begun = start.exists
+    begun, step = start.exists, first_step(start.checkpoint)
     try:
         folder = make_run_folder(Path(config["runs"]), name) if start.folder is None else make_folder(start.folder)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    lock.enter_context(held(folder))
-    if begun:
-        rewind(folder, first_step(start.checkpoint))
-    elif (folder / CONFIG).exists():
-        raise ConfigError(f"run={folder}: another process has just begun a run there")
-    write_json(folder / COMMAND, {"command": command_line(), **how})
-    write_json(folder / VERSIONS, versions())
-    write_json(folder / CONFIG, config)  # last for a new run: what has a config is a run
-    with (folder / STARTS).open("a") as file:
-        began = {
-            "time": datetime.now().isoformat(timespec="seconds"),
-            "step": first_step(start.checkpoint),
-            "data": data,
-        }
-        file.write(json.dumps(redact(began | {"command": command_line()} | versions())) + "\n")
-    write_json(folder / SUMMARY, {"status": "running"})
+    if not begun:
+        lock.enter_context(held(folder))
+    began = {"time": datetime.now().isoformat(timespec="seconds"), "step": step, "data": data}
+    began |= {"command": command_line()} | versions()
+    try:
+        if begun:
+            rewind(folder, step)
+        elif (folder / CONFIG).exists():
+            raise ConfigError(f"run={folder}: another process has just begun a run there")
+        elif start.checkpoint is not None:  # of another run: from here on, this one's own
+            (folder / FOLDER).mkdir(exist_ok=True)
+            link_atomically(start.checkpoint, folder / FOLDER / step_name(step))
+        write_json(folder / COMMAND, {"command": command_line(), **how})
+        write_json(folder / VERSIONS, versions())
+        write_json(folder / CONFIG, config)  # last for a new run: what has a config is a run
+        append_text(folder / STARTS, json.dumps(redact(began)) + "\n")
+        write_json(folder / SUMMARY, RUNNING)
+    except OSError as error:
+        raise ConfigError(f"run={folder}: cannot be written to ({error.strerror or error})") from error
     return folder
 
 
@@ -170,17 +187,20 @@ def agree(prepare: Callable[[], Job]) -> Job:
 
     Raises:
         ConfigError: on all of them, if it cannot.
+        RankError: on the others, if something else goes wrong.
     """
-    if not dist.is_initialized():
-        dist.init_process_group()
-    box: list[Job | ConfigError | None] = [None]
-    if dist.get_rank() == 0:
-        try:
+    box: list[Job | ConfigError | RankError | None] = [None]
+    try:
+        if dist.get_rank() == 0:
             box = [prepare()]
-        except ConfigError as error:
-            box = [error]
-    dist.broadcast_object_list(box)
-    if isinstance(box[0], ConfigError):
+    except ConfigError as error:
+        box = [error]
+    except Exception as error:
+        box = [RankError(f"rank 0 failed: {type(error).__name__}: {error}")]
+        raise
+    finally:
+        dist.broadcast_object_list(box)
+    if isinstance(box[0], Exception):
         raise box[0]
     assert box[0] is not None
     return box[0]

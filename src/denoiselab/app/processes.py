@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import pickle
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,13 +18,12 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from denoiselab.app.trained import choose_device
 from denoiselab.evaluation.collect import broadcast, ranks
-from denoiselab.runs.errors import ConfigError, RankError
-from denoiselab.runs.launch import ECHO_SECONDS, is_echo, launch, launched_from_outside
+from denoiselab.runs.errors import ConfigError, RankError, Stopped
+from denoiselab.runs.launch import PATIENCE, echoes_last, launch, launched_from_outside
 from denoiselab.runs.secrets import redact_terminal
 from denoiselab.training.trainer import free_cores
 
 MEETING = timedelta(minutes=10)  # all ranks must be there by then
-PATIENCE = timedelta(days=7)  # later they wait as long as the work takes: who ends a failed job is its launcher
 
 
 def agree(value: str, what: str) -> None:
@@ -95,8 +91,9 @@ def run_processes(
 
     Raises:
         ConfigError: if there are not so many devices.
-        RankError: if a process fails, or a signal stops them; the message names the rank and the first cause, and by then
-            the others have been ended.
+        RankError: if a process fails; the message names the rank and the first cause, and by then the others have been
+            ended.
+        Stopped: if a signal stops them.
     """
     count, kind = choose_devices(devices, device), choose_device(device).type
     if launched_from_outside():
@@ -112,12 +109,12 @@ def run_processes(
     if count == 1:
         torch.set_num_threads(threads)
         return function(*arguments, *ready)
-    with tempfile.TemporaryDirectory() as folder, _quiet_agent():
+    with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result"
         try:
             launch(_child, (function, arguments, kind, threads, str(result)), count)
         except SignalException as error:
-            raise RankError(f"stopped by {error.sigval.name}") from error
+            raise Stopped(error.sigval) from error
         return pickle.loads(result.read_bytes())  # written by our own child
 
 
@@ -130,33 +127,27 @@ def _child(function: Callable[..., Any], arguments: tuple[Any, ...], kind: str, 
         Path(result).write_bytes(pickle.dumps(value))
 
 
+def meet(kind: str) -> None:
+    """Make the default process group of processes that a launcher has started; they meet once, also for several jobs.
+
+    Args:
+        kind: "cpu" or "cuda".
+    """
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.is_initialized():
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=MEETING)
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # as older torch has it
+    set_timeout(PATIENCE)
+
+
 def _in_group(function: Callable[..., Any], arguments: tuple[Any, ...], kind: str, threads: int) -> Any:
     """Call the function as a member of the process group; its value on rank 0, else None."""
     torch.set_num_threads(threads)
     redact_terminal()  # a process that was started for this has not been through the command line
-    if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if not dist.is_initialized():  # a launcher's processes meet once, also for the several jobs of a multirun
-        dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=MEETING)
-        set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # as older torch has it
-        set_timeout(PATIENCE)
-    try:
+    meet(kind)
+    with echoes_last():  # and then leave the group as it is: to leave it in good order, one would wait for the others
         value = function(*arguments)
         dist.all_reduce(torch.zeros(1))  # rank 0 speaks for all: it may not be done before they are
-    except Exception as error:
-        if is_echo(error):
-            time.sleep(ECHO_SECONDS)  # the launcher will end us meanwhile, for the sake of the rank that began it
-        raise  # and leave the group as it is: to leave it in good order, one would wait for the others
     return value if dist.get_rank() == 0 else None
-
-
-@contextlib.contextmanager
-def _quiet_agent() -> Iterator[None]:
-    """The agent logs a failure as pages; one line says it, unless all is asked for as everywhere in this program."""
-    before = logging.root.manager.disable
-    if os.environ.get("HYDRA_FULL_ERROR") != "1":
-        logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)

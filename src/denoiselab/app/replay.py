@@ -26,7 +26,15 @@ from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.folder import CONFIG, STARTS, newest_run, versions
 from denoiselab.runs.launch import launch, launched_from_outside
 from denoiselab.runs.trust import check_targets
-from denoiselab.training.checkpoint import FOLDER, checkpoints_of, digest, load_checkpoint, network_weights, step_of
+from denoiselab.training.checkpoint import (
+    FOLDER,
+    checkpoints_of,
+    digest,
+    load_checkpoint,
+    network_weights,
+    step_name,
+    step_of,
+)
 from denoiselab.training.checkpoint import verify as flaw_of
 from denoiselab.training.ema import RAW
 from denoiselab.training.history import TRACE, read_rows
@@ -70,7 +78,12 @@ def replay(options: dict[str, Any], choices: dict[str, str], overrides: list[str
     if not recorded:
         raise ConfigError(f"run={folder}: has no {TRACE}; there is nothing to compare with")
     begin = _begin(folder, options["checkpoint"])
-    first, last = first_step(begin), int(recorded[-1]["step"])
+    first, last, before = first_step(begin), int(recorded[-1]["step"]), int(recorded[0]["step"]) - 1
+    if first < before:
+        raise ConfigError(
+            f"run={folder}: began at step {before}, on from another run: replay it from there with "
+            f"checkpoint={folder / FOLDER / step_name(before)}"
+        )
     if options["steps"] is not None:
         last = min(last, first + options["steps"])
     if last <= first:
@@ -157,7 +170,8 @@ def _to_replay(config: dict[str, Any], trainer: dict[str, Any] | None, last: int
         "trainer": config["trainer"] | shape | {"max_steps": last, "val_every": last + 1},
         "callbacks": {"monitor": monitor, "health": config["callbacks"].get("health")},
         "logger": SILENT,
-        "metrics": config["metrics"] | {"counts": [], "every": None, "extractors": {}, "measures": {}},
+        "metrics": config["metrics"]
+        | {"counts": [], "every": None, "extractors": {}, "measures": {}, "references": {}},
     }
 
 

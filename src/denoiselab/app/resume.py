@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import COMMAND, CONFIG, LOCK, VERSIONS
+from denoiselab.runs.folder import COMMAND, CONFIG, LOCK, STARTS, VERSIONS, WRITING
 
 OF_THE_COMMAND = ("run", "resume", "allow", "trust")  # what a folder has no say in
 _PLAIN = re.compile(r"(\+\+|\+|~)?(?!hydra\b)[A-Za-z_][\w./@:-]*(=.*)?", re.DOTALL)
@@ -40,7 +40,7 @@ def restore_overrides(arguments: list[str]) -> list[str]:
     if resume in ("none", "null") or {"-m", "--multirun"} & set(arguments):
         return arguments
     source = Path(typed["run"]) if resume == "auto" and typed.get("run") else Path(resume)
-    folder = source.parents[1] if source.is_file() and len(source.parents) > 1 else source
+    folder = source.resolve().parents[1] if source.is_file() else source
     try:
         stored = json.loads((folder / COMMAND).read_text())["overrides"]
     except FileNotFoundError:
@@ -126,7 +126,7 @@ def find_start(config: dict[str, Any]) -> Start:
 
 def _is_free(folder: Path) -> bool:
     """Whether a folder without a config is empty, but for what a start leaves that was killed before it wrote one."""
-    left = (LOCK, COMMAND, VERSIONS)
+    left = (LOCK, WRITING, COMMAND, VERSIONS)
     return folder.is_dir() and all(p.name in left or p.name.endswith(".partial") for p in folder.iterdir())
 
 
@@ -134,11 +134,42 @@ def _newest(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     """The newest good checkpoint of a run, and what is wrong with newer ones.
 
     Raises:
-        ConfigError: if there are some and none is good: to start over would lose the run without a word.
+        ConfigError: if there are some and none is good, or there must have been some: to start over would lose the run without
+            a word.
     """
     from denoiselab.training.checkpoint import FOLDER, newest_valid
 
-    found, damaged = newest_valid(folder / FOLDER)
+    try:
+        found, damaged = newest_valid(folder / FOLDER)
+    except OSError as error:
+        raise ConfigError(f"run={folder}: {FOLDER}/ cannot be read ({error.strerror})") from error
     if found is None and damaged:
         raise ConfigError(f"run={folder}: none of its checkpoints is whole: {'; '.join(damaged)}")
+    if found is None and (step := _saved_before(folder)):
+        raise ConfigError(
+            f"run={folder}: has gone as far as step {step}, and there is no checkpoint in {FOLDER}/; put them back, or begin "
+            "in a new folder"
+        )
     return found, tuple(damaged)
+
+
+def _saved_before(folder: Path) -> int:
+    """The step that a run has come to if it must have saved a checkpoint by then; else 0.
+
+    So it is if it went on from one, if there is a best, and if it has gone on to the second save.
+    """
+    from denoiselab.training.checkpoint import FOLDER
+    from denoiselab.training.history import TRACE, read_rows
+    from denoiselab.training.saving import BEST_NOTE
+
+    last = max((int(row["step"]) for row in read_rows(folder / TRACE)), default=0)
+    try:
+        starts = [json.loads(line)["step"] for line in (folder / STARTS).read_text().splitlines()]
+        callbacks = json.loads((folder / CONFIG).read_text())["callbacks"].values()
+        every = [c["every"] for c in callbacks if c and c["_target_"].endswith(".Checkpoints")]
+        saved = any(starts) or (folder / FOLDER / BEST_NOTE).exists() or any(last >= 2 * n for n in every)
+        return max(last, *starts, 1) if saved else 0
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return last

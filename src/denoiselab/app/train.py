@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
+import multiprocessing
 import os
 import signal
 import time
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,26 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from denoiselab.app.build import Training, make_training
 from denoiselab.app.job import Job, agree, open_job, set_up
 from denoiselab.app.nodes import Parts, make
+from denoiselab.app.processes import meet
 from denoiselab.app.resume import restored
 from denoiselab.evaluation.records import protocol_id
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
-from denoiselab.runs.errors import INTERRUPTED, ConfigError, RankError, Stopped
-from denoiselab.runs.folder import SUMMARY, write_json
-from denoiselab.runs.launch import ECHO_SECONDS, is_echo, launch, launched_from_outside
+from denoiselab.runs.errors import ConfigError, RankError, Stopped
+from denoiselab.runs.folder import RUNNING, SUMMARY, write_json, writing
+from denoiselab.runs.launch import echoes_last, launch, launched_from_outside
 from denoiselab.runs.secrets import RedactingFormatter, redact_terminal
+from denoiselab.runs.signals import held_back
 from denoiselab.runs.trust import check_targets
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of
-from denoiselab.training.history import METRICS, CSVLogger, read_rows
+from denoiselab.training.history import METRICS, CSVLogger, read_rows, surviving
 from denoiselab.training.logs import finish
 from denoiselab.training.measurement import Measurement
 from denoiselab.training.module import DiffusionModule
+from denoiselab.training.signals import before_training
+
+BATCH_SYSTEM = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # who can wait for what takes seconds; Ctrl-C cannot
+ASKED = ".asked_to_stop"  # a file with the signals that the launcher of several ranks has handed on
+ASKED_SECONDS = 0.5  # after which it is there, if they were
 
 log = logging.getLogger("denoiselab")
 
@@ -68,36 +77,59 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
         raise ConfigError(f"datamodule.{error}") from error
     name = config["name"] or "-".join(choices[group] for group in ("datamodule", "backbone", "objective"))
     groups = {group: choice for group, choice in choices.items() if not group.startswith("hydra/")}
-    with ExitStack() as lock:
+    outside = launched_from_outside()
+    with before_training(training.callbacks.values()) if outside else nullcontext(), ExitStack() as lock:
 
         def prepare() -> Job:
             return open_job(parts, training, config, name, {"overrides": overrides, "choices": groups}, lock)
 
-        job = agree(prepare) if launched_from_outside() else prepare()
-        if training.settings.devices == 1 or launched_from_outside():
-            train_here(job, parts, training)
-            return
-        stopped = launch(train_rank, (job,), training.settings.devices, hand_on=True)
-    if stopped:
-        raise Stopped(*stopped)
+        if outside:
+            meet("cuda" if training.settings.accelerator == "gpu" else "cpu")
+        job = agree(prepare) if outside else prepare()
+        try:
+            if outside:
+                with echoes_last():
+                    record(train_here)(job, parts, training)
+                return
+            if training.settings.devices == 1:
+                train_here(job, parts, training)
+                return
+            asked = Path(job.folder) / ASKED
+            asked.unlink(missing_ok=True)
+            stopped = launch(train_rank, (job,), training.settings.devices, hand_on=asked)
+            asked.unlink(missing_ok=True)
+            if stopped:
+                raise Stopped(*stopped)
+        except BaseException as error:
+            conclude(Path(job.folder), error)
+            raise
+
+
+def conclude(run_dir: Path, error: BaseException) -> None:
+    """Have the summary say how the run ended, where no process was left to do so."""
+    with surviving(run_dir / SUMMARY):
+        if json.loads((run_dir / SUMMARY).read_text()) == RUNNING:
+            status = error.status if isinstance(error, Stopped) else "failed"
+            write_json(run_dir / SUMMARY, {"status": status, "error": str(error) or type(error).__name__})
 
 
 @record
 def train_rank(job: Job) -> tuple[int, str] | None:
     """Train in a process that was started for this; builds its own objects. Returns the signal that stopped it, if any."""
+    parts, training = make_training(job.config)
     try:
-        train_here(job, *make_training(job.config))
+        with echoes_last(), before_training(training.callbacks.values()):
+            train_here(job, parts, training, Path(job.folder) / ASKED)
     except Stopped as stopped:
+        launcher = multiprocessing.parent_process()
+        if launcher is not None and not launcher.is_alive():
+            os._exit(stopped.code)  # it was killed, and the agent's code would wait for it to take the result
         return stopped.number, stopped.message
-    except Exception as error:
-        if is_echo(error):
-            time.sleep(ECHO_SECONDS)  # the launcher will end us meanwhile, for the sake of the rank that began it
-        raise
     return None
 
 
-def train_here(job: Job, parts: Parts, training: Training) -> None:
-    """Train in this process, which may be one of several."""
+def train_here(job: Job, parts: Parts, training: Training, asked: Path | None = None) -> None:
+    """Train in this process, which may be one of several; `asked` as in `as_stopped`."""
     run_dir, console = Path(job.folder), Console()
     start_logging(run_dir)
     measurement = Measurement(metrics=parts.metrics, progress=progress)
@@ -125,7 +157,8 @@ def train_here(job: Job, parts: Parts, training: Training) -> None:
         hyperparameters = {**job.config, "parameters": parameters, "nfe": nfe}
         for logger in trainer.loggers[1:]:
             logger.log_hyperparams(hyperparameters)
-    _fit(trainer, module, parts.data, measurement, console, job)
+    with writing(run_dir) if trainer.is_global_zero else nullcontext():
+        _fit(trainer, module, parts.data, measurement, console, job, asked)
 
 
 def _fit(
@@ -135,6 +168,7 @@ def _fit(
     measurement: Measurement,
     console: Console,
     job: Job,
+    asked: Path | None,
 ) -> None:
     """Run the loop; whatever happens, the summary and the dashboard say how it ended."""
     run_dir, began, status, problem = Path(job.folder), time.time(), "failed", ""
@@ -142,20 +176,23 @@ def _fit(
     try:
         trainer.fit(module, datamodule=data, ckpt_path=job.checkpoint, weights_only=True)
         status = "finished" if trainer.global_step >= trainer.max_steps else "stopped"
-    except (Stopped, KeyboardInterrupt, SystemExit) as error:
-        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        status, problem = "interrupted" if stopped.code == INTERRUPTED else "preempted", str(stopped)
-        log.warning("%s at step %d", problem, trainer.global_step)
     except BaseException as error:
-        problem = f"{type(error).__name__}: {error}"
-        log.exception("the run ended early")
-        raise
+        stopped = as_stopped(error, asked)
+        if stopped is None:
+            other = "another process of the job failed"
+            problem = other if isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
+            log.exception("the run ended early")
+            raise
+        status, problem = stopped.status, str(stopped)
+        log.warning("%s at step %d", problem, trainer.global_step)
     finally:
         if trainer.is_global_zero:
             seconds = round(time.time() - began, 1)
-            summary = summarise(trainer, module, measurement, run_dir, status, problem, seconds)
-            write_json(run_dir / SUMMARY, summary)
-            finish(trainer, summary["metrics"], status)
+            with held_back(BATCH_SYSTEM):
+                summary = summarise(trainer, module, measurement, run_dir, status, problem, seconds)
+                with surviving(run_dir / SUMMARY):
+                    write_json(run_dir / SUMMARY, summary)
+                finish(trainer, summary["metrics"], status)
             facts = {"run": run_dir, "status": status, "steps": trainer.global_step, "seconds": seconds}
             if measurement.seconds:
                 facts["measuring"] = time_line(measurement.seconds)
@@ -167,6 +204,24 @@ def _fit(
         raise Stopped(stopped.number, how_to_go_on(run_dir))
     if status != "finished":
         raise RankError(f"stopped at step {trainer.global_step} of {trainer.max_steps}; see {run_dir / 'train.log'}")
+
+
+def as_stopped(error: BaseException, asked: Path | None) -> Stopped | None:
+    """The signal that ended training, if one did, and not a failure.
+
+    Args:
+        error: that ended it.
+        asked: is there if our launcher was asked to stop; else a SIGTERM is how it ends the others when a rank has failed.
+    """
+    interrupt = error.__context__ if isinstance(error, SystemExit) else error  # Lightning makes the one of the other
+    if isinstance(interrupt, KeyboardInterrupt):
+        return Stopped(signal.SIGINT)
+    if not isinstance(error, Stopped):
+        return None
+    if asked is not None and error.number == signal.SIGTERM:
+        time.sleep(ASKED_SECONDS)
+        return error if asked.exists() else None
+    return error
 
 
 def how_to_go_on(run_dir: Path) -> str:

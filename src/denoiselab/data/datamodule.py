@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
 import threading
 from typing import Any, Literal
 
@@ -27,8 +28,9 @@ def ignore_signals(worker_id: int) -> None:
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS has none
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    waits = hasattr(signal, "sigwaitinfo")  # macOS has none
+    signal.pthread_sigmask(signal.SIG_BLOCK if waits else signal.SIG_UNBLOCK, {signal.SIGTERM})
+    if waits:
         threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
 
 
@@ -36,6 +38,17 @@ def _end_when_told_by(parent: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)  # as torch's own handler does it: another code would be reported as a crash
+
+
+class _Loader(DataLoader[dict[str, Any]]):
+    """A loader whose workers begin with these signals blocked: `ignore_signals` may come seconds after a worker's start."""
+
+    def __iter__(self) -> Any:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 class ImageDataModule(lightning.LightningDataModule):
@@ -177,12 +190,14 @@ class ImageDataModule(lightning.LightningDataModule):
         return self._loader(samples, sampler=share, batch_size=self.eval_batch_size)
 
     def _loader(self, samples: ImageDataset, **how: Any) -> DataLoader[dict[str, Any]]:
-        return DataLoader(
+        return _Loader(
             samples,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             worker_init_fn=ignore_signals,
+            # in a rank that was spawned, workers would be spawned too, and each would import everything again
+            multiprocessing_context="fork" if self.num_workers > 0 and sys.platform == "linux" else None,
             # a loader draws its workers' seed when iteration begins: not from the global generator
             generator=torch.Generator().manual_seed(self.seed),
             **how,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from denoiselab.data.datamodule import ImageDataModule, Split
+from denoiselab.data.dataset import InMemoryImages
 from denoiselab.data.order import permutation
 
 SPLIT_SEED = 8008  # part of the data set: published numbers depend on it, a run's seed does not touch it

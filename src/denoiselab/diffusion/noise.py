@@ -96,7 +96,7 @@ class NoiseSource:
         """The same samples at another step."""
         return replace(self, step=step)
 
-    def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Float[Tensor, B * shape]:
+    def uniform(self, purpose: str, shape: Sequence[int] = ()) -> Float[Tensor, B * shape]:  # noqa: F821
         """Uniform on the open interval (0, 1), float64, of shape (B, *shape)."""
         n = math.prod(shape)
         block = torch.arange(-(-n // 4), device=self.index.device)[None, :]
@@ -110,7 +110,7 @@ class NoiseSource:
 
     def normal(
         self, purpose: str, shape: Sequence[int], dtype: torch.dtype = torch.float32
-    ) -> Float[Tensor, B * shape]:
+    ) -> Float[Tensor, B * shape]:  # noqa: F821
         """Standard normal of shape (B, *shape)."""
         n = math.prod(shape)
         u = self.uniform(purpose, (-(-n // 2), 2))

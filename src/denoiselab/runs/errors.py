@@ -28,6 +28,7 @@ class Stopped(BaseException):  # no error, and like KeyboardInterrupt nothing fo
         super().__init__(int(number), message)  # all arguments: it is sent from process to process
         self.number, self.name, self.message = int(number), signal.Signals(number).name, message
         self.code = INTERRUPTED if number == signal.SIGINT else REQUEUE
+        self.status = "interrupted" if number == signal.SIGINT else "preempted"  # of the run
 
     def __str__(self) -> str:
         return f"stopped by {self.name}" + (f"; {self.message}" if self.message else "")

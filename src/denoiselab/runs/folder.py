@@ -13,7 +13,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from denoiselab.runs.secrets import redact
 
 CONFIG, COMMAND, VERSIONS, SUMMARY = "config.json", "command.json", "versions.json", "summary.json"
 ID = "id"  # of the run, in W&B for example: kept, so that a resumed run is the same one
-LOCK = ".lock"
+LOCK, WRITING = ".lock", ".writing"  # held by the process that was started, and by that of rank 0
+RUNNING = {"status": "running"}  # the summary of a run that has not ended
 STARTS = "starts.jsonl"  # a line for each time that a run was started or resumed
 PACKAGES = (
     "denoiselab",
@@ -90,11 +91,29 @@ def held(folder: Path) -> Iterator[None]:
     """Inside, no other process can hold the folder: two that train one run would write over each other.
 
     The lock is the process's own: it ends with it, however that may be, and processes that it has started do not share it.
+    Of these the one that writes has one too, for it may outlive a launcher that was killed.
 
     Raises:
-        ConfigError: if another process holds it.
+        ConfigError: if another process holds it, or writes in it.
     """
-    with (folder / LOCK).open("a+") as file:
+    with _locked(folder, LOCK):
+        with writing(folder):
+            pass
+        yield
+
+
+def writing(folder: Path) -> AbstractContextManager[None]:
+    """Inside, this process is the one that writes in the folder; see `held`."""
+    return _locked(folder, WRITING)
+
+
+@contextmanager
+def _locked(folder: Path, name: str) -> Iterator[None]:
+    try:
+        opened = (folder / name).open("a+")
+    except OSError as error:
+        raise ConfigError(f"run={folder}: cannot be written to ({error.strerror})") from error
+    with opened as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

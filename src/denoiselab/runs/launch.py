@@ -8,19 +8,25 @@ all ranks when one fails.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 from denoiselab.runs.errors import RankError
+from denoiselab.runs.signals import STOPPING, held_back
 
+PATIENCE = timedelta(days=7)  # ranks wait as long as the work of another takes: who ends a failed job is its launcher
 ECHO_SECONDS = 5.0  # a rank that fails because another one has gone waits so long for the launcher to notice the first
 
 
@@ -29,15 +35,17 @@ def launched_from_outside() -> bool:
     return "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(function: Callable[..., Any], arguments: tuple[Any, ...], devices: int, *, hand_on: bool = False) -> Any:
+def launch(
+    function: Callable[..., Any], arguments: tuple[Any, ...], devices: int, *, hand_on: Path | None = None
+) -> Any:
     """Run `function(*arguments)` in `devices` new processes of this machine, and wait for them.
 
     Args:
         function: importable by its module's name.
         arguments: picklable.
         devices: number of processes.
-        hand_on: whether signals that ask a job to stop are handed on to the processes, which know when they can; otherwise
-            they end the processes.
+        hand_on: signals that ask a job to stop are handed on to the processes, which know when they can, and noted in this
+            file; None: they end the processes.
 
     Returns:
         What the function returns on rank 0.
@@ -61,7 +69,7 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], devices: in
         signals_to_handle="SIGHUP,SIGQUIT" if hand_on else "SIGTERM,SIGINT,SIGHUP,SIGQUIT",  # end the processes
     )
     try:
-        with _handing_on() if hand_on else nullcontext():
+        with _quiet_agent(), _handing_on(hand_on) if hand_on else nullcontext():
             return elastic_launch(config, function)(*arguments)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -72,25 +80,72 @@ def launch(function: Callable[..., Any], arguments: tuple[Any, ...], devices: in
 
 
 @contextmanager
-def _handing_on() -> Iterator[None]:
-    """Inside, this process hands signals on to the processes that it has started."""
+def _handing_on(file: Path) -> Iterator[None]:
+    """Inside, this process hands signals on to the processes that it has started.
+
+    They begin with these signals blocked, as this thread has them, so that none ends a process that is not ready for it:
+    each lets them through when it is (`training.signals.before_training`). What was handed on is noted in the file, since
+    SIGTERM is also what the agent ends processes with when one has failed.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    done = threading.Event()
+    received: list[int] = []
+    told: dict[int | None, int] = {}  # how many of them each process was told
 
-    def hand_on(number: int, frame: Any) -> None:
-        for child in multiprocessing.active_children():
-            if child.pid is not None:
-                with suppress(ProcessLookupError):
-                    os.kill(child.pid, number)
+    def note(number: int, frame: Any = None) -> None:
+        received.append(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.signal(number, hand_on) for number in numbers}
+    def hand_on() -> None:
+        noted = 0
+        while not done.wait(0.1):
+            for number in signal.sigpending() & STOPPING:
+                note(signal.sigwait({number}))
+            if len(received) > noted:
+                noted = len(received)
+                file.write_text("".join(f"{signal.Signals(number).name}\n" for number in received))
+            for child in multiprocessing.active_children():  # some may not be there yet when a signal comes
+                for number in received[told.get(child.pid, 0) :]:
+                    with suppress(ProcessLookupError):
+                        os.kill(child.pid or 0, number)
+                told[child.pid] = len(received)
+
+    resource_tracker.ensure_running()  # as the first process is spawned, which would unblock two of them
+    before = {number: signal.signal(number, note) for number in STOPPING}  # if a library's thread gets it
+    thread = threading.Thread(target=hand_on, daemon=True)
+    try:
+        with held_back():
+            thread.start()
+            yield
+    finally:
+        done.set()
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _quiet_agent() -> Iterator[None]:
+    """The agent logs a failure as pages; one line says it, unless all is asked for as everywhere in this program."""
+    before = logging.root.manager.disable
+    if os.environ.get("HYDRA_FULL_ERROR") != "1":
+        logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        logging.disable(before)
+
+
+@contextmanager
+def echoes_last() -> Iterator[None]:
+    """Inside, a failure that is how another rank's end reaches this one waits until the launcher has seen the first."""
+    try:
+        yield
+    except Exception as error:
+        if is_echo(error):
+            time.sleep(ECHO_SECONDS)  # the launcher will end us meanwhile, for the sake of the rank that began it
+        raise
 
 
 def is_echo(error: BaseException) -> bool:

@@ -58,8 +58,16 @@ def step_of(path: Path) -> int | None:
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest step first; good or not."""
-    found = {step: path for path in folder.glob("step_*.ckpt") if (step := step_of(path)) is not None}
+    """The checkpoints in a folder, oldest step first; good or not; none if there is no folder.
+
+    Raises:
+        OSError: if it cannot be read, which is not the same.
+    """
+    try:
+        paths = [folder / name for name in os.listdir(folder)]
+    except FileNotFoundError:
+        return []
+    found = {step: path for path in paths if (step := step_of(path)) is not None}
     return [found[step] for step in sorted(found)]
 
 

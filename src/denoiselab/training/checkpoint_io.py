@@ -71,8 +71,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def wait(self) -> OSError | None:
         """Why the last save failed, once it has ended; None if it did not fail."""
         if self._running is not None:
-            running, self._running = self._running, None
-            running.result()
+            try:
+                self._running.result()
+            finally:
+                if self._running.done():  # else it was the wait that was interrupted
+                    self._running = None
         return self.failure
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -81,13 +84,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: if the file is no good, or holds weights alone.
         """
-        loaded = load_checkpoint(Path(path))
-        for key, kind in _RESUMED.items():
-            if not isinstance(loaded.get(key), kind):
-                raise ValueError(
-                    f"checkpoint={path}: has no {key}; it holds weights for init_from=, not a run to go on with"
-                )
-        return loaded
+        return load_run(Path(path))
 
     def teardown(self) -> None:
         """End the background thread, once it has written; a later save starts another one."""
@@ -95,6 +92,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if self._executor is not None:
             self._executor.shutdown()
             self._executor = None
+
+
+def load_run(path: Path) -> dict[str, Any]:
+    """A checkpoint that a run can go on from, as plain data on the CPU.
+
+    Raises:
+        ValueError: if the file is no good, or holds weights alone.
+    """
+    loaded = load_checkpoint(path)
+    for key, kind in _RESUMED.items():
+        if not isinstance(loaded.get(key), kind):
+            raise ValueError(
+                f"checkpoint={path}: has no {key}; it holds weights for init_from=, not a run to go on with"
+            )
+    return loaded
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
@@ -148,7 +160,7 @@ def write_atomically(
 
 
 def link_atomically(source: Path, path: Path) -> None:
-    """Make `path` another name of a checkpoint of the same folder, or a copy of it where the disk knows no links.
+    """Make `path` another name of a checkpoint, or a copy of it where it lies on another disk, or on one without links.
 
     Raises:
         OSError: if that fails; `path` is then as it was.

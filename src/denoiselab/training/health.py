@@ -80,8 +80,16 @@ class Health(Callback):
         self._error: NonFiniteError | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Tell the module what is allowed, and how many steps a resumed run has skipped."""
+        """Tell the module what is allowed, and how many steps a resumed run has skipped.
+
+        Raises:
+            NonFiniteError: if it has skipped more than it may.
+        """
         assert isinstance(pl_module, DiffusionModule)
+        if self.policy == "stop":
+            self.allowed = self.skipped  # by an earlier start that was told to
+        elif self.skipped > self.max_skipped:
+            raise NonFiniteError(f"max_skipped={self.max_skipped}: the run has skipped {self.skipped} steps already")
         self.lag = LAG if pl_module.device.type == "cuda" else 0
         pl_module.gate.allowed = self.allowed
         pl_module.gate.skipped = torch.full((), self.skipped, device=pl_module.device)
@@ -162,7 +170,7 @@ class Health(Callback):
             return
         saved = checkpoints_of(run_dir / FOLDER)
         again = f"resume from {FOLDER}/{saved[-1].name}" if saved else "start again"
-        key = f"max_skipped above {self.max_skipped}" if self.allowed else "policy=skip"
+        key = f"max_skipped above {self.max_skipped}" if self.policy == "skip" else "policy=skip"
         self._error = NonFiniteError(f"{line}; nothing was updated since: {again} with callbacks.health.{key}")
         raise self._error
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,15 @@ from lightning.pytorch.loggers import Logger
 
 from denoiselab.runs.folder import write_text
 
-METRICS, TRACE, NUMBERS = "metrics.csv", "trace.csv", "metrics.jsonl"
+log = logging.getLogger(__name__)
+METRICS, TRACE, NUMBERS, SAMPLES = "metrics.csv", "trace.csv", "metrics.jsonl", "samples"
 
 
 def rewind(run_dir: Path, step: int) -> None:
-    """Leave in the three files what belongs to the steps up to this one."""
+    """Leave in the three files, and of the pictures, what belongs to the steps up to this one."""
+    for picture in (run_dir / SAMPLES).glob("step_*.png"):
+        if (number := re.match(r"step_(\d+)_", picture.name)) and int(number[1]) > step:
+            picture.unlink()
     for name in (METRICS, TRACE):
         if (run_dir / name).exists():
             rows = read_rows(run_dir / name)
@@ -70,13 +77,37 @@ def _table(rows: Iterable[Mapping[str, Any]], header: bool = True, columns: list
     return text.getvalue()
 
 
-def append_rows(path: Path, rows: list[dict[str, Any]], durable: bool = False) -> None:
-    """Add rows of equal keys to a CSV file, which gets a header if it is new; `durable` waits for the disk."""
-    with path.open("a") as file:
-        file.write(_table(rows, header=file.tell() == 0) if rows else "")
-        if durable:
-            file.flush()
+def append_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Add rows of equal keys to a CSV file, which gets a header if it is new; see `append_text`."""
+    if rows:
+        append_text(path, _table(rows, header=not path.exists() or path.stat().st_size == 0))
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add text to a file, which is on the disk when this returns.
+
+    Raises:
+        OSError: if the disk does not take it; none of it is there then.
+    """
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            data = text.encode()
+            while data:
+                data = data[file.write(data) :]
             os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+@contextmanager
+def surviving(path: Path) -> Iterator[None]:
+    """Inside, a disk that does not take a file of the run costs that file and not the run: the error is logged."""
+    try:
+        yield
+    except OSError as error:
+        log.error("%s: could not be written (%s); the run goes on", path, error.strerror or error)
 
 
 class CSVLogger(Logger):
@@ -93,6 +124,7 @@ class CSVLogger(Logger):
         self.path = run_dir / METRICS
         self.rows: dict[int, dict[str, Any]] = {int(row["step"]): dict(row) for row in read_rows(self.path)}
         self.columns = list(next(iter(self.rows.values()), {"step": 0}))
+        self._behind = False  # whether the file lacks a row that the disk has refused
 
     @property
     def name(self) -> str:
@@ -115,7 +147,10 @@ class CSVLogger(Logger):
         self.rows.setdefault(step, {"step": step}).update(metrics)
         if new or amended:
             self.columns = ["step", *sorted({*self.columns, *new} - {"step"})]
-            write_text(self.path, _table(self.rows.values(), columns=self.columns))
-            return
-        with self.path.open("a") as file:
-            file.write(_table([self.rows[step]], header=False, columns=self.columns))
+        with surviving(self.path):
+            whole, self._behind = new or amended or self._behind, True
+            if whole:
+                write_text(self.path, _table(self.rows.values(), columns=self.columns))
+            else:
+                append_text(self.path, _table([self.rows[step]], header=False, columns=self.columns))
+            self._behind = False

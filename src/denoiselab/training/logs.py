@@ -12,6 +12,7 @@ from PIL import Image
 
 from denoiselab.runs.folder import git_state, run_id
 from denoiselab.training.checkpoint_io import write_atomically
+from denoiselab.training.history import surviving
 
 
 def log_metrics(trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
@@ -31,8 +32,10 @@ def log_protocols(trainer: lightning.Trainer, protocols: dict[str, dict[str, Any
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG file, complete or not at all."""
-    write_atomically(path, lambda file: picture.save(file, format="png"))
+    """Write a PNG file, complete or not at all; a disk that does not take it does not end the run."""
+    with surviving(path):
+        path.parent.mkdir(exist_ok=True)
+        write_atomically(path, lambda file: picture.save(file, format="png"))
 
 
 def log_image(trainer: lightning.Trainer, key: str, picture: Image.Image) -> None:

@@ -19,7 +19,7 @@ from denoiselab.evaluation.metrics import PAIRS, Measured, Metrics
 from denoiselab.evaluation.pictures import image_grid
 from denoiselab.evaluation.records import Number, sampling_protocol
 from denoiselab.training.checkpoint import digest
-from denoiselab.training.history import NUMBERS, read_numbers
+from denoiselab.training.history import NUMBERS, SAMPLES, append_text, read_numbers, surviving
 from denoiselab.training.logs import log_image, log_metrics, log_protocols, save_picture
 from denoiselab.training.module import DiffusionModule
 from denoiselab.training.signals import stoppable
@@ -100,14 +100,13 @@ class Measurement(Callback):
             log_metrics(trainer, row)
             if measured.images is not None:
                 picture = image_grid(measured.images, PAIRS)
-                folder = Path(trainer.default_root_dir) / "samples"
-                folder.mkdir(exist_ok=True)
+                folder = Path(trainer.default_root_dir) / SAMPLES
                 save_picture(picture, folder / f"step_{trainer.global_step:07d}_{weights}_closest.png")
                 log_image(trainer, f"samples/{weights}_closest_to_training", picture)
             log_protocols(trainer, {f"{group}/{n.name}": n.protocol for n in measured.numbers})
         if trainer.is_global_zero:  # last and at once: what stands there is not measured again
-            with (Path(trainer.default_root_dir) / NUMBERS).open("a") as file:
-                file.write("".join(f"{json.dumps(number.to_dict())}\n" for number in self.numbers))
+            with surviving(path := Path(trainer.default_root_dir) / NUMBERS):
+                append_text(path, "".join(f"{json.dumps(number.to_dict())}\n" for number in self.numbers))
 
     def _written(self, trainer: lightning.Trainer, module: DiffusionModule, count: int) -> list[dict[str, Any]]:
         """The numbers of this step that an earlier start of the run has written, if it has written them all."""

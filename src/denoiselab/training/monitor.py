@@ -16,7 +16,7 @@ from torch import Tensor
 from denoiselab.data.dataset import LazyImages
 from denoiselab.diffusion.noise import NoiseSource
 from denoiselab.diffusion.paths import Path as DiffusionPath
-from denoiselab.training.history import METRICS, TRACE, append_rows, read_rows
+from denoiselab.training.history import METRICS, TRACE, append_rows, read_rows, surviving
 from denoiselab.training.logs import log_metrics
 from denoiselab.training.module import DiffusionModule, condition_of
 
@@ -54,6 +54,7 @@ class TrainingMonitor(Callback):
             Tensor
         ] = []  # finished since they were last read: see `_of_micro_batch`, and the gradient norm
         self.window: list[list[float]] = []  # the same of all ranks, since the last row
+        self.trace: list[dict[str, Any]] = []  # rows that the disk has not taken yet
         self.drawn: list[Tensor] = []  # since steps were last read: indices, as `~index` where another image stood in
         self._trainer: lightning.Trainer | None = None
         self._seconds, self._samples = 0.0, 0
@@ -125,7 +126,10 @@ class TrainingMonitor(Callback):
             }
             for i, row in enumerate(rows)
         ]
-        append_rows(Path(trainer.default_root_dir) / TRACE, trace, durable=True)
+        self.trace += trace
+        with surviving(path := Path(trainer.default_root_dir) / TRACE):
+            append_rows(path, self.trace)
+            self.trace = []
 
     def _name_broken(self, trainer: lightning.Trainer, some: bool) -> None:
         """Have the data set name the images that others stood in for on any rank."""

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from denoiselab.evaluation.generate import balanced_labels, generate
 from denoiselab.evaluation.pictures import image_grid
+from denoiselab.training.history import SAMPLES
 from denoiselab.training.logs import log_image, save_picture
 from denoiselab.training.module import DiffusionModule
 
@@ -49,11 +50,10 @@ class SampleGrid(Callback):
 
     def _draw(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, DiffusionModule)
-        folder = Path(trainer.default_root_dir) / "samples"
+        folder = Path(trainer.default_root_dir) / SAMPLES
         names = {name: folder / f"step_{trainer.global_step:07d}_{name}.png" for name in module.ema.names}
         if not trainer.is_global_zero or all(path.exists() for path in names.values()):
             return
-        folder.mkdir(exist_ok=True)
         columns = min(module.num_classes, 20) or self.rows
         count = columns * self.rows
         for weights, path in names.items():

@@ -64,7 +64,7 @@ class Checkpoints(Callback):
         self._saved = self._pending = 0  # the last step that is on the disk, and the one that is being written
         self._known: dict[str, tuple[int, int, str | None]] = {}  # name → size, mtime_ns and what verify said
         self._seen: dict[str, float] | None = None  # the `latest` that the best's number was last found in
-        self._measured: tuple[int, float] | None = None  # that number, with its step
+        self._measured: dict[int, float] = {}  # that number, by its step; of steps that may still be saved
         self._best_value: float | None = None
 
     @property
@@ -104,7 +104,11 @@ class Checkpoints(Callback):
         check_health(trainer)
         self.settle(trainer)
         self._pending = step
-        trainer.save_checkpoint(_folder(trainer) / step_name(step), weights_only=False)
+        try:
+            trainer.save_checkpoint(_folder(trainer) / step_name(step), weights_only=False)
+        except BaseException:
+            self._pending = 0  # it was interrupted: there is nothing to finish
+            raise
         if not self.asynchronous:
             self.settle(trainer)
 
@@ -131,7 +135,7 @@ class Checkpoints(Callback):
         self.settle(trainer)
         if finished and self.last_failure is not None:
             raise RuntimeError(self.last_failure)
-        if finished and self.best is not None and self._measured is None and trainer.is_global_zero:
+        if finished and self.best is not None and not self._measured and trainer.is_global_zero:
             log.warning("best=%s: nothing has measured it, so there is no new %s", self.best, BEST)
 
     def on_exception(self, trainer: lightning.Trainer, *_: Any) -> None:
@@ -202,14 +206,16 @@ class Checkpoints(Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             latest = getattr(callback, "latest", {})
             if self.best in latest and latest is not self._seen:
-                self._seen, self._measured = latest, (trainer.global_step, float(latest[self.best]))
+                self._seen = latest
+                self._measured = {s: v for s, v in self._measured.items() if s in (self._saved, self._pending)}
+                self._measured[trainer.global_step] = float(latest[self.best])
 
     def _choose_best(self, trainer: lightning.Trainer, step: int | None = None) -> None:
         """On rank 0: make the checkpoint of a step the best, if its number is."""
         step = self._saved if step is None else step
-        if not trainer.is_global_zero or self._measured is None or self._measured[0] != step:
+        if not trainer.is_global_zero or step not in self._measured:
             return
-        folder, value = _folder(trainer), self._measured[1]
+        folder, value = _folder(trainer), self._measured[step]
         sign = 1 if self.best_mode == "min" else -1
         better = self._best_value is None or sign * value < sign * self._best_value
         if not (math.isfinite(value) and better and self._is_good(folder / step_name(step))):
@@ -261,6 +267,12 @@ def checkpoint_bytes(parameters: int, averages: int, moments: int = 2) -> int:
         moments: numbers that the optimizer keeps per parameter; Adam's are 2.
     """
     return 4 * parameters * (1 + averages + moments)
+
+
+def written_bytes(folder: Path) -> int:
+    """The bytes of the files in a folder, each counted once under however many names; 0 if there is none."""
+    files = {(state.st_dev, state.st_ino): state.st_size for state in map(os.stat, folder.glob("*"))}
+    return sum(files.values())
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:

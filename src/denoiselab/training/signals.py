@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Literal
@@ -23,10 +23,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from denoiselab.runs.errors import Stopped
+from denoiselab.runs.launch import PATIENCE
+from denoiselab.runs.signals import STOPPING
 from denoiselab.training.saving import save_now
 
 LAG = 8  # steps, on a GPU
-IMPATIENCE = 1.0  # seconds: a second Ctrl-C after this long stops at once
+IMPATIENCE = 2.0  # seconds: a second Ctrl-C after this long stops at once
+
+_early: list[signal.Signals] = []  # received before training began, by one of several processes
 
 Name = Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"]
 
@@ -52,11 +56,17 @@ class StopOnSignal(Callback):
         self._queue: deque[tuple[Tensor, Any]] = deque()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Take the signals over (Lightning has taken some of them just before)."""
+        """Take the signals over; stop if there was one already."""
         if trainer.world_size > 1 and self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._lag = LAG if pl_module.device.type == "cuda" else 0
         self.listen()
+        self.received = self.received or next(iter(_early), None)
+        early = torch.tensor(int(self.received or 0))
+        if self._group is not None:
+            dist.all_reduce(early, op=dist.ReduceOp.MAX, group=self._group)
+        if early:
+            raise Stopped(int(early))
 
     def listen(self) -> None:
         """Install the handlers."""
@@ -64,6 +74,13 @@ class StopOnSignal(Callback):
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Give the signals back."""
+        self._give_back()
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, error: Any) -> None:
+        """Give the signals back."""
+        self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
@@ -74,6 +91,7 @@ class StopOnSignal(Callback):
         if self.received is None:
             self.received, self._since = signal.Signals(number), now
         if self.at_once or again:
+            self.at_once = False  # one is enough
             raise Stopped(self.received)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *rest: Any) -> None:
@@ -83,7 +101,6 @@ class StopOnSignal(Callback):
         number = self._agreed()
         if number:
             self.received = signal.Signals(number)
-            self.at_once = False  # one is enough
             save_now(trainer)
             raise Stopped(self.received)
 
@@ -103,11 +120,41 @@ class StopOnSignal(Callback):
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save; what follows the last step can be stopped at any time."""
         save_now(trainer)
-        self._lag = 0
-        self.at_once = True
+        self.look_now()
+
+    def look_now(self) -> None:
+        """From here on a signal stops at once, as does one that was received before; to be called on all ranks.
+
+        Raises:
+            Stopped: if there was one on any rank.
+        """
+        lag, self._lag = self._lag, 0
         waiting = [self._agreed() for _ in range(len(self._queue) + 1)]  # all that the ranks have not looked at yet
+        self._lag = lag
+        self.at_once = not any(waiting)
         if any(waiting):
             raise Stopped(max(waiting))
+
+
+@contextmanager
+def before_training(callbacks: Iterable[Callback]) -> Iterator[None]:
+    """Inside, one of several processes notes the signals that stop a run until its `StopOnSignal` takes them over.
+
+    All of them stop when training begins: one that left earlier would be waited for.
+
+    Args:
+        callbacks: of the run; a `StopOnSignal` among them says which signals.
+    """
+    numbers = [number for callback in callbacks if isinstance(callback, StopOnSignal) for number in callback.signals]
+    before = {number: signal.signal(number, lambda n, _: _early.append(signal.Signals(n))) for number in numbers}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)  # until now they have waited
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _early.clear()
 
 
 @contextmanager
@@ -117,7 +164,7 @@ def stoppable(trainer: lightning.Trainer) -> Iterator[None]:
     callbacks = [c for c in trainer.callbacks if isinstance(c, StopOnSignal)]  # type: ignore[attr-defined]
     before = [c.at_once for c in callbacks]
     for callback in callbacks:
-        callback.at_once = True
+        callback.look_now()
     try:
         yield
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +15,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import DDPStrategy
 
+from denoiselab.runs.launch import PATIENCE
 from denoiselab.training.checkpoint_io import AtomicCheckpointIO
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -91,8 +91,7 @@ class TrainerSettings:
             accelerator=self.accelerator,
             devices=self.devices,
             num_nodes=self.num_nodes,
-            # Ranks wait while rank 0 computes statistics; what ends a failed job is its launcher.
-            strategy=DDPStrategy(timeout=timedelta(days=7)) if self.world_size > 1 else "auto",
+            strategy=DDPStrategy(timeout=PATIENCE) if self.world_size > 1 else "auto",
             precision=self.precision,
             max_steps=self.max_steps,
             accumulate_grad_batches=self.accumulate,
@@ -112,6 +111,10 @@ class TrainerSettings:
             log_every_n_steps=1,
         )
         trainer.fit_loop.__class__ = _WholeFitLoop
+        # Signals are the business of `StopOnSignal`: Lightning's handlers call collectives, and requeue Slurm's jobs, from
+        # inside a handler, and its loop asks all ranks at each micro-batch whether one of them has had a SIGTERM.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
         return trainer
 
 
