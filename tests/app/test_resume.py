@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -14,11 +15,20 @@ import torch
 from calls import QUIET, call
 from PIL import Image
 
-from denoiselab.app.resume import find_start, key_of, restore_overrides, restored
+from denoiselab.app import job
+from denoiselab.app.resume import Start, find_start, key_of, restore_overrides, restored
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import COMMAND, CONFIG
-from denoiselab.training.checkpoint import FOLDER, load_checkpoint, newest_checkpoint, step_name
+from denoiselab.training.checkpoint import (
+    FOLDER,
+    checkpoints_of,
+    load_checkpoint,
+    newest_checkpoint,
+    newest_valid,
+    step_name,
+)
 from denoiselab.training.checkpoint_io import write_checkpoint
+from denoiselab.training.saving import written_bytes
 
 TINY = [
     "backbone.width=8",
@@ -257,6 +267,14 @@ def test_nothing_is_restored_without_a_resume(tmp_path):
         "--multirun",
         "-m",
         "-cd=/evil",
+        "backbone=../../evil",
+        "backbone='../evil'",
+        "experiment=/evil/x",
+        "objective/path=[vp,../evil]",
+        "+sampler@hydra.callbacks.evil=heun",
+        "+sampler@sampler:hydra.callbacks=heun",
+        "objective/../../evil=x",
+        "name=" + "x" * 20_000,
         "",
         "=3",
         " seed=1",
@@ -266,7 +284,7 @@ def test_nothing_is_restored_without_a_resume(tmp_path):
         ["seed=1"],
         {"seed": 1},
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:40],
 )
 def test_what_is_no_override_of_a_run_is_refused(tmp_path, override):
     run = stored(tmp_path / "run", ["seed=1", override])
@@ -362,6 +380,7 @@ def test_the_same_command_on_a_finished_run_changes_nothing(tmp_path):
 
     first = call("train", *command, cwd=tmp_path)
     assert first.code == 0, first.err
+    assert "begins again" not in first.out
     before, told = left()
     assert told["status"] == "finished"
     assert told["metrics"]
@@ -404,7 +423,6 @@ def test_other_settings_of_the_optimizer_are_used_as_well(run):
         ("seed=1\nhydra.run.dir=elsewhere", "must have the form key=value"),
         ("+callbacks.evil._target_=os.mkdir", "callbacks.evil._target_=os.mkdir"),
         ("+callbacks.evil._target_=test_resume.Evil", "callbacks.evil._target_=test_resume.Evil"),
-        ("backbone=../../evil", "backbone="),
         ("seed=${oc.env:HOME}", "seed="),
     ],
     ids=lambda value: value[:40],
@@ -458,6 +476,115 @@ def test_a_branch_leaves_the_run_as_it_is(run):
     assert rows(run.parent / "same", "trace.csv") == {step: rows(run, "trace.csv")[step] for step in (3, 4)}
 
 
+def test_a_branch_that_was_killed_before_its_first_save_goes_on_from_where_it_began(run):
+    from_step = run / FOLDER / step_name(2)
+    branch = ["trainer.max_steps=6", "schedule.steps=4", "run=branch"]
+    assert go_on(run.parent, f"resume={from_step}", *branch).code == 0
+    folder = run.parent / "branch"
+    whole = rows(folder, "trace.csv")
+    for path in (folder / FOLDER).iterdir():  # as it was at first
+        path.unlink()
+    os.link(from_step, folder / FOLDER / step_name(2))
+    done = go_on(run.parent, "run=branch", "resume=auto")
+    assert done.code == 0, done.err
+    assert f"going on from  {step_name(2)}" in done.out
+    assert rows(folder, "trace.csv") == whole
+
+
+def test_a_branch_begins_with_its_checkpoint(run):
+    from_step = run / FOLDER / step_name(2)
+    done = go_on(run.parent, f"resume={from_step}", "run=branch", "trainer.max_steps=3", "schedule.steps=4")
+    assert done.code == 0, done.err
+    held = [path.name for path in checkpoints_of(run.parent / "branch" / FOLDER)]
+    assert held == [step_name(2), step_name(3)]
+    from_step.unlink()
+    assert newest_valid(run.parent / "branch" / FOLDER)[1] == []
+    done = call("replay", "run=branch", f"checkpoint=branch/{FOLDER}/{step_name(2)}", cwd=run.parent)
+    assert done.code == 0, done.err
+    assert "identical: 1 losses" in done.out
+    done = call("replay", "run=branch", cwd=run.parent)
+    assert done.code == 2
+    assert "run=branch: began at step 2, on from another run" in done.err
+
+
+@pytest.mark.parametrize("left", ["nothing", "the best", "an empty folder"])
+def test_a_run_whose_checkpoints_are_gone_never_starts_over(run, left):
+    for path in [*(run / FOLDER).iterdir()]:
+        if left != "the best" or not path.name.startswith("best"):
+            path.unlink()
+    if left == "nothing":
+        (run / FOLDER).rmdir()
+    trace = (run / "trace.csv").read_bytes()
+    done = go_on(run.parent, "run=run", "resume=auto")
+    assert done.code == 2
+    assert done.err == (
+        f"config error: run=run: has gone as far as step 4, and there is no checkpoint in {FOLDER}/; put them back, or "
+        "begin in a new folder\n"
+    )
+    assert (run / "trace.csv").read_bytes() == trace
+
+
+def test_a_run_that_was_killed_before_its_first_save_begins_again_and_says_so(run):
+    for path in (run / FOLDER).iterdir():
+        path.unlink()
+    whole = rows(run, "trace.csv")
+    lines = (run / "trace.csv").read_text().splitlines(keepends=True)
+    (run / "trace.csv").write_text("".join(lines[:4]))  # three steps: the second save is at the fourth
+    done = go_on(run.parent, "run=run", "resume=auto")
+    assert done.code == 0, done.err
+    assert "no checkpoint yet: begins again at step 0" in done.out
+    assert rows(run, "trace.csv") == whole
+
+
+def test_pictures_of_steps_that_are_made_again_are_drawn_again(run):
+    (run / "samples").mkdir()
+    for step in (2, 4):
+        (run / "samples" / f"step_{step:07d}_ema.png").write_text("drawn by an earlier start")
+    (run / FOLDER / step_name(4)).unlink()
+    done = go_on(run.parent, "run=run", "resume=auto")
+    assert done.code == 0, done.err
+    assert [path.name for path in (run / "samples").iterdir()] == ["step_0000002_ema.png"]
+
+
+def test_what_another_process_saves_until_the_folder_is_locked_counts(run, monkeypatch):
+    real, calls = job.find_start, []
+
+    def find(config):
+        calls.append(config)
+        return Start(run, run / FOLDER / step_name(2)) if len(calls) == 1 else real(config)
+
+    monkeypatch.setattr(job, "find_start", find)
+    done = go_on(run.parent, f"run={run}", "resume=auto", "trainer.max_steps=5", "schedule.steps=4")
+    assert done.code == 0, done.err
+    assert f"going on from  {step_name(4)}" in done.out
+
+
+def test_weights_alone_are_no_run_to_go_on_with(run):
+    path = run / FOLDER / step_name(4)
+    loaded = load_checkpoint(path)
+    del loaded["optimizer_states"]
+    write_checkpoint(loaded, path)
+    for more in ([], ["run=other"]):
+        done = go_on(run.parent, f"resume={path}", *more)
+        assert done.code == 2
+        assert done.err == (
+            f"config error: resume={path}: has no optimizer_states; it holds weights for init_from=, not a run to go on with\n"
+        )
+    assert not (run.parent / "other").exists()
+
+
+def test_a_run_needs_no_room_for_the_checkpoints_that_it_has(run, monkeypatch):
+    size = (run / FOLDER / step_name(4)).stat().st_size
+    free = shutil.disk_usage(run)._replace(free=int(2.5 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    done = go_on(run.parent, "run=run", "resume=auto", "trainer.max_steps=5", "schedule.steps=4")
+    assert done.code == 0, done.err
+    assert written_bytes(run / FOLDER) < 3.5 * size  # the best is another name of one of them
+    done = train(run.parent, "run=new")
+    assert done.code == 2
+    assert "GB free, and checkpoints of this run need" in done.err
+
+
 def test_a_damaged_checkpoint_is_named_and_left(run):
     newest = run / FOLDER / step_name(4)
     damaged = newest.read_bytes()[:-200]
@@ -476,10 +603,11 @@ def test_a_damaged_checkpoint_is_named_and_left(run):
     assert list(rows(run, "trace.csv")) == [1, 2, 3]
 
 
-def test_two_processes_cannot_train_one_run(run):
+@pytest.mark.parametrize("lock", ["held", "writing"])  # of the command, and of the rank that writes and may outlive it
+def test_two_processes_cannot_train_one_run(run, lock):
     program = (
-        "import sys; from pathlib import Path; from denoiselab.runs.folder import held\n"
-        f"with held(Path({str(run)!r})): print('held', flush=True); sys.stdin.read()\n"
+        "import sys; from pathlib import Path; from denoiselab.runs.folder import held, writing\n"
+        f"with {lock}(Path({str(run)!r})): print('held', flush=True); sys.stdin.read()\n"
     )
     holder = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ
@@ -492,7 +620,8 @@ def test_two_processes_cannot_train_one_run(run):
         assert re.fullmatch(rf"config error: run=.*run: is being trained by process {holder.pid} on .+\n", done.err), (
             done.err
         )
-        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+        now = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        assert now | {run / ".lock": b""} == files | {run / ".lock": b""}
         holder.kill()  # however it ends: the lock ends with it
         holder.wait()
         assert go_on(run.parent, "run=run", "resume=auto").code == 0

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from denoiselab.runs.errors import RankError
 from denoiselab.runs.launch import launch, launched_from_outside
+from denoiselab.runs.signals import STOPPING
 
 
 def meet(folder: str, factor: int) -> None:
@@ -48,6 +53,27 @@ def test_the_ranks_meet_and_the_parent_waits(tmp_path):
     assert second[:4] == ["30", "1", "1", "2"]
     assert first[4] == second[4]  # the port
     assert "RANK" not in os.environ
+
+
+def obey(folder: str) -> None:
+    """Let the signals through when it is ready for them, and wait for one."""
+    got = []
+    for number in STOPPING:
+        signal.signal(number, lambda n, _: got.append(n))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    end = time.monotonic() + 60
+    while not got and time.monotonic() < end:
+        time.sleep(0.05)
+    (Path(folder) / os.environ["RANK"]).write_text(" ".join(signal.Signals(n).name for n in got))
+
+
+@pytest.mark.parametrize("seconds", [0.1, 2.0])  # before there are any processes, and while they import
+def test_a_signal_is_handed_on_however_early_it_comes(tmp_path, monkeypatch, seconds):
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(resource_tracker, "ensure_running", timer.start)  # what the launcher does first
+    launch(obey, (str(tmp_path),), 2, hand_on=tmp_path / "asked")
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == ["SIGUSR1", "SIGUSR1"]
+    assert (tmp_path / "asked").read_text() == "SIGUSR1\n"
 
 
 def test_a_failing_rank_names_its_cause():

@@ -51,6 +51,15 @@ def test_the_best_of_a_run(tmp_path, asynchronous):
     assert is_whole(best)  # its other name is gone
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_best_that_is_written_while_training_goes_on_is_not_missed(tmp_path, asynchronous):
+    trainer = start(tmp_path, asynchronous=asynchronous, every=4)
+    for step in range(1, 13):  # each is measured
+        trainer.step(step)
+    trainer.checkpoints.settle(trainer)
+    assert best_of(tmp_path) == 4
+
+
 def test_the_greatest_may_be_the_best(tmp_path):
     trainer = start(tmp_path, best_mode="max")
     for step in (4, 3, 2):

@@ -221,6 +221,22 @@ def test_a_resumed_run_goes_on_counting(tmp_path):
         assert (error is None) == (allowed == 2)
 
 
+def test_a_run_that_has_skipped_goes_on_with_another_policy(tmp_path):
+    trainer = fit(poisoned({1: 0}), tmp_path, callbacks=[Health(policy="skip")], steps=3)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    module = poisoned({3: 0})
+    _, error = run(module, tmp_path, health=Health(policy="stop"), steps=3, resume=tmp_path / "saved.ckpt")
+    assert error is None
+    _, error = run(module, tmp_path, health=Health(policy="stop"), steps=5, resume=tmp_path / "saved.ckpt")
+    assert error.startswith("step 4: the loss is not finite")
+    assert error.endswith("callbacks.health.policy=skip")
+    trainer = fit(poisoned({1: 0, 2: 0}), tmp_path, callbacks=[Health(policy="skip")], steps=4)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    health = Health(policy="skip", max_skipped=1)
+    _, error = run(poisoned({}), tmp_path, health=health, steps=5, resume=tmp_path / "saved.ckpt")
+    assert error == "max_skipped=1: the run has skipped 2 steps already"
+
+
 class Late(Health):
     """Looks as late as on a GPU."""
 

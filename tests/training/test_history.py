@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 
 import pytest
 
+from denoiselab.training import history
 from denoiselab.training.history import METRICS, NUMBERS, TRACE, CSVLogger, append_rows, read_numbers, read_rows, rewind
 
 
@@ -63,6 +65,45 @@ def test_a_line_that_was_being_written_is_dropped(tmp_path, cut):
 def test_blocks_that_the_disk_has_lost_are_dropped(tmp_path):
     (tmp_path / TRACE).write_text("step,loss\n1,0.12345\n\0\0\0\0\n")
     assert read_rows(tmp_path / TRACE) == [{"step": "1", "loss": "0.12345"}]
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A disk that takes the first ten bytes of what is appended, while it is full."""
+    state, write, append = {"full": False}, history.write_text, history.os.fsync
+
+    def fsync(descriptor):
+        if state["full"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(descriptor)
+
+    def write_text(path, text):
+        if state["full"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(history.os, "fsync", fsync)
+    monkeypatch.setattr(history, "write_text", write_text)
+    return state
+
+
+def test_a_full_disk_leaves_no_part_of_a_row(tmp_path, full):
+    append_rows(tmp_path / TRACE, [{"step": 1, "loss": "0.5"}])
+    full["full"] = True
+    with pytest.raises(OSError, match="No space left"):
+        append_rows(tmp_path / TRACE, [{"step": 2, "loss": "0.5"}])
+    assert (tmp_path / TRACE).read_text() == "step,loss\n1,0.5\n"
+
+
+def test_a_full_disk_costs_no_row_of_a_run_that_goes_on(tmp_path, full, caplog):
+    logger = CSVLogger(tmp_path)
+    for step in range(1, 8):
+        full["full"] = step in (2, 3, 5)
+        logger.log_metrics({"loss": step / 2}, step)
+    rows = read_rows(tmp_path / METRICS)
+    assert [(int(row["step"]), float(row["loss"])) for row in rows] == [(step, step / 2) for step in range(1, 8)]
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines == [f"{tmp_path / METRICS}: could not be written (No space left on device); the run goes on"] * 3
 
 
 def test_numbers_that_are_none_survive(tmp_path):

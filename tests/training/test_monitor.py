@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import math
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from denoiselab.data.dataset import InMemoryImages, LazyImages
 from denoiselab.data.decoding import BrokenImageError
 from denoiselab.diffusion.paths import Cosine, DDPMLinear, RectifiedFlow
 from denoiselab.diffusion.prediction import V
+from denoiselab.training import history
 from denoiselab.training.history import TRACE, read_rows
 from denoiselab.training.monitor import EDGES, NoiseLevelValidation, TrainingMonitor, bin_names, fingerprint
 
@@ -120,6 +122,19 @@ def test_every_step_is_in_the_trace(tmp_path, accumulate):
         assert float(row["loss"]) == pytest.approx(sum(losses[8 * i : 8 * i + 8]) / 8)
         assert float(row["grad_norm"]) > 0
     assert len({row["samples"] for row in rows}) == 5
+
+
+def test_a_full_disk_costs_no_row_of_the_trace(tmp_path, monkeypatch):
+    append, full = history.append_text, [False, True, True, False]
+
+    def append_text(path, text):
+        if full.pop(0):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(path, text)
+
+    monkeypatch.setattr(history, "append_text", append_text)
+    fit(tiny_module(), tmp_path, steps=7, callbacks=[TrainingMonitor(every=2)])
+    assert [row["step"] for row in read_rows(tmp_path / TRACE)] == [str(step) for step in range(1, 8)]
 
 
 class Fragile(LazyImages):

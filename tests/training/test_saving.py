@@ -57,6 +57,42 @@ def test_bad_values(arguments, message):
         Checkpoints(**arguments)
 
 
+def test_an_interrupted_save_is_not_taken_for_a_failed_one(tmp_path, monkeypatch):
+    def interrupted(checkpoint, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_io, "write_checkpoint", interrupted)
+    trainer = start(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(1)
+    trainer.checkpoints.on_exception(trainer)
+    assert trainer.checkpoints.last_failure is None
+
+
+def test_an_interrupted_wait_does_not_forget_what_is_being_written(tmp_path, monkeypatch):
+    trainer = start(tmp_path, asynchronous=True)
+    trainer.step(1)
+    writer = trainer.strategy.checkpoint_io
+    running, waited = writer._running, []
+
+    class Interrupted:
+        def result(self):
+            waited.append(1)
+            if len(waited) == 1:
+                raise KeyboardInterrupt
+            return running.result()
+
+        def done(self):
+            return len(waited) > 1
+
+    writer._running = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.step(2)
+    trainer.checkpoints.on_exception(trainer)
+    assert len(waited) == 2
+    assert is_whole(tmp_path / FOLDER / step_name(1))
+
+
 # --- when ---
 
 

@@ -12,9 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from tiny import fit, tiny_module
 
 from denoiselab.runs.errors import Stopped
+from denoiselab.runs.signals import STOPPING
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of, load_checkpoint
 from denoiselab.training.saving import Checkpoints
-from denoiselab.training.signals import StopOnSignal, stoppable
+from denoiselab.training.signals import StopOnSignal, _early, before_training, stoppable
 
 
 class Sender(Callback):
@@ -110,6 +111,64 @@ def test_what_takes_long_after_a_save_is_stopped_at_once(tmp_path):
     assert seen == []
     assert [path.name for path in checkpoints_of(tmp_path / FOLDER)] == ["step_0000002.ckpt"]
     assert not callback.at_once
+
+
+def test_what_takes_long_does_not_begin_after_a_signal(tmp_path):
+    """The signal came while something else took long, and the step boundary at which it would be obeyed is far."""
+
+    class Long(Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            if trainer.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                with stoppable(trainer):
+                    pytest.fail("went on")
+
+    with pytest.raises(Stopped):  # listed before the signals, so that it is not the step boundary that stops
+        fit(
+            tiny_module(),
+            tmp_path,
+            steps=9,
+            callbacks=[Long(), StopOnSignal(signals=["SIGTERM"]), Checkpoints(every=100)],
+        )
+    assert [path.name for path in checkpoints_of(tmp_path / FOLDER)] == ["step_0000002.ckpt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_before_training_stops_it_when_it_begins(tmp_path, number):
+    callbacks, sender = [StopOnSignal(signals=["SIGTERM"]), Checkpoints(every=100)], Sender(0)
+    before = signal.getsignal(number)
+    with before_training(callbacks):
+        os.kill(os.getpid(), number)
+        with pytest.raises(Stopped) as caught:
+            fit(tiny_module(), tmp_path, callbacks=[*callbacks, sender])
+    assert caught.value.number == number
+    assert sender.ran == []
+    assert signal.getsignal(number) == before
+    assert not _early
+
+
+def test_a_failure_gives_the_signals_back(tmp_path):
+    class Fails(Callback):
+        def on_train_batch_end(self, *_):
+            raise ValueError("trouble")
+
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    with pytest.raises(ValueError, match="trouble"):
+        fit(tiny_module(), tmp_path, callbacks=[StopOnSignal(signals=["SIGTERM", "SIGUSR1"]), Fails()])
+    assert {number: signal.getsignal(number) for number in STOPPING} == before
+
+
+def test_lightning_answers_no_signals(tmp_path):
+    """Its handlers call collectives from inside a handler, and requeue Slurm's jobs from there."""
+    seen = []
+
+    class Look(Callback):
+        def on_train_start(self, *_):
+            seen.extend(signal.getsignal(number) for number in STOPPING)
+
+    before = [signal.getsignal(number) for number in STOPPING]
+    fit(tiny_module(), tmp_path, callbacks=[Look()])
+    assert seen == before
 
 
 def test_the_end_of_a_run_can_be_stopped_once_it_is_saved(tmp_path):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from denoiselab.training.checkpoint import load_checkpoint, newest_checkpoint
+from denoiselab.training.checkpoint import load_checkpoint, newest_checkpoint, step_name
+from denoiselab.training.history import read_rows
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -79,6 +82,18 @@ class Job:
 
 def run(folder, *overrides):
     """Train in `folder`, far from the checkout; a job that hangs (on a lost rank: for half an hour) is an error."""
+    job = begin(folder, *overrides)
+    try:
+        out, err = job.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        raise
+    folders = sorted((folder / "runs").iterdir()) if (folder / "runs").is_dir() else []
+    return Job(job.returncode, out + err, folders)
+
+
+def begin(folder, *overrides):
+    """Begin to train in `folder`, as the leader of a group of processes."""
     (folder / "trouble.py").write_text(TROUBLE)
     environment = os.environ | {
         "WANDB_MODE": "offline",
@@ -87,16 +102,16 @@ def run(folder, *overrides):
         "COLUMNS": "200",
         "DENOISELAB_CACHE": str(folder / "cache"),
     }
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts/train.py", *SMALL, *overrides],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=150,
-    )
-    folders = sorted((folder / "runs").iterdir()) if (folder / "runs").is_dir() else []
-    return Job(done.returncode, done.stdout + done.stderr, folders)
+    command = [sys.executable, ROOT / "scripts/train.py", *SMALL, *overrides]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=environment, text=True, start_new_session=True, **pipes)
+
+
+def wait_until(condition, seconds=100):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.1)
+    assert condition()
 
 
 def trouble(rank):
@@ -273,3 +288,48 @@ def test_a_repeated_job_is_the_same_bit_for_bit(one_rank, tmp_path):
     job = run(tmp_path, "metrics=none", "logger=none")
     assert job.losses() == one_rank.losses()
     assert not (job.folder / "wandb").exists()
+
+
+LONG = [
+    "trainer.max_steps=100000",
+    "schedule.steps=100000",
+    "trainer.val_every=50000",
+    "metrics=none",
+    "logger=none",
+    "run=run",
+    "resume=auto",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wait_for", ["nothing", "the log", "a checkpoint"])
+@pytest.mark.parametrize(("name", "code", "status"), [("SIGTERM", 75, "preempted"), ("SIGINT", 130, "interrupted")])
+def test_a_signal_to_all_processes_stops_the_job_whenever_it_comes(tmp_path, name, code, status, wait_for):
+    job = begin(tmp_path, *LONG, *TWO_RANKS, "datamodule.num_workers=2")
+    awaited = {"nothing": "", "the log": "run/train.log", "a checkpoint": f"run/checkpoints/{step_name(2)}"}[wait_for]
+    wait_until(lambda: (tmp_path / awaited).exists() or job.poll() is not None)
+    if wait_for == "nothing":
+        time.sleep(2)  # while it imports
+    os.killpg(job.pid, getattr(signal, name))
+    _, err = job.communicate(timeout=100)
+    assert job.returncode == code, err
+    assert err.startswith(f"stopped by {name}")
+    assert err.count("\n") == 1
+    if wait_for != "nothing":
+        assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == status
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_leaves_a_run_that_goes_on(tmp_path):
+    job = begin(tmp_path, *LONG, *TWO_RANKS)
+    wait_until(lambda: (tmp_path / "run" / "checkpoints" / step_name(2)).exists() or job.poll() is not None)
+    ranks = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    job.kill()
+    job.communicate(timeout=100)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "interrupted"
+    step = load_checkpoint(newest_checkpoint(tmp_path / "run"))["global_step"]
+    assert read_rows(tmp_path / "run" / "trace.csv")[-1]["step"] == str(step)
+    done = begin(tmp_path, *LONG, f"trainer.max_steps={step + 1}")
+    _, err = done.communicate(timeout=100)
+    assert done.returncode == 0, err

@@ -96,8 +96,8 @@ def open_job(
         check_space(start.folder or Path(config["runs"]), needed)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    folder = open_folder(start, config, name, how, data, lock)
     again = ["no checkpoint yet: begins again at step 0"] if start.exists and start.checkpoint is None else []
+    folder = open_folder(start, config, name, how, data, lock)
     return Job(
         config=config,
         folder=str(folder),

@@ -90,7 +90,7 @@ def replay(options: dict[str, Any], choices: dict[str, str], overrides: list[str
         raise ConfigError(f"checkpoint={begin}: the run has recorded {last} steps, so none is left to make again")
 
     check_targets(config, options["trust"])
-    config = _to_replay(config, options.get("trainer"), last)
+    config = _to_replay(config, options.get("trainer"), last) | {"trust": options["trust"]}
     parts, training = make_training(config)
     try:
         data = {split: parts.data.fingerprint(split) for split in ("train", "test")}

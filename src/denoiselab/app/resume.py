@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from denoiselab.app.compose import config_folder
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import COMMAND, CONFIG, LOCK, STARTS, VERSIONS, WRITING
 
 OF_THE_COMMAND = ("run", "resume", "allow", "trust")  # what a folder has no say in
-_PLAIN = re.compile(r"(\+\+|\+|~)?(?!hydra\b)[A-Za-z_][\w./@:-]*(=.*)?", re.DOTALL)
+LONGEST = 20_000  # characters of an override
+_PLAIN = re.compile(r"(\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(=(?P<value>.*))?", re.DOTALL)
+_CHOICE = re.compile(r"[\w-]*|\[[\w, -]*\]")
 restored: list[str] = []  # the overrides of this command that come from a run folder, not from whoever typed it
 
 
@@ -47,15 +50,23 @@ def restore_overrides(arguments: list[str]) -> list[str]:
         return arguments
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(f"run={folder}: its {COMMAND} cannot be read") from error
-    odd = (
-        [o for o in stored if not isinstance(o, str) or not _PLAIN.fullmatch(o)]
-        if isinstance(stored, list)
-        else [stored]
-    )
+    odd = [o for o in stored if not _is_plain(o)] if isinstance(stored, list) else [stored]
     if odd:
         raise ConfigError(f"run={folder}: {COMMAND} holds {str(odd[0])[:80]!r}, which is no override of a run")
     restored[:] = [o for o in stored if key_of(o) not in {*typed, *OF_THE_COMMAND}]
     return [*restored, *arguments]
+
+
+def _is_plain(override: Any) -> bool:
+    """Whether an override can only set a value of the run's config, or choose one of the project's own YAML files.
+
+    Hydra would take a choice such as `../../tmp/x` from anywhere, and build what its own keys name before anything is checked.
+    """
+    found = _PLAIN.fullmatch(override) if isinstance(override, str) and len(override) <= LONGEST else None
+    if found is None or "hydra" in found["key"] or ".." in found["key"]:
+        return False
+    group = found["key"].partition("@")[0]
+    return not (config_folder() / group).is_dir() or _CHOICE.fullmatch((found["value"] or "").strip("'\"")) is not None
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from denoiselab.runs.errors import ConfigError, RankError, Stopped
 from denoiselab.runs.folder import RUNNING, SUMMARY, write_json, writing
 from denoiselab.runs.launch import echoes_last, launch, launched_from_outside
 from denoiselab.runs.secrets import RedactingFormatter, redact_terminal
-from denoiselab.runs.signals import held_back
+from denoiselab.runs.signals import STOPPING, held_back
 from denoiselab.runs.trust import check_targets
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of
 from denoiselab.training.history import METRICS, CSVLogger, read_rows, surviving
@@ -116,16 +116,21 @@ def conclude(run_dir: Path, error: BaseException) -> None:
 @record
 def train_rank(job: Job) -> tuple[int, str] | None:
     """Train in a process that was started for this; builds its own objects. Returns the signal that stopped it, if any."""
+    for number in STOPPING:
+        signal.signal(number, lambda *_: None)  # what reaches us after training is too late
     parts, training = make_training(job.config)
+    stopped: Stopped | None = None
     try:
         with echoes_last(), before_training(training.callbacks.values()):
             train_here(job, parts, training, Path(job.folder) / ASKED)
-    except Stopped as stopped:
-        launcher = multiprocessing.parent_process()
-        if launcher is not None and not launcher.is_alive():
-            os._exit(stopped.code)  # it was killed, and the agent's code would wait for it to take the result
-        return stopped.number, stopped.message
-    return None
+    except Stopped as error:
+        stopped = error
+    launcher = multiprocessing.parent_process()
+    if launcher is not None and not launcher.is_alive():
+        os._exit(
+            stopped.code if stopped else 0
+        )  # it was killed, and the agent's code would wait for it to take the result
+    return (stopped.number, stopped.message) if stopped else None
 
 
 def train_here(job: Job, parts: Parts, training: Training, asked: Path | None = None) -> None:
@@ -267,6 +272,7 @@ def start_logging(run_dir: Path) -> None:
     """Everything that is logged or warned goes to train.log; the terminal stays for what a person wants to see."""
     redact_terminal()
     handler = logging.FileHandler(run_dir / "train.log")
+    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk costs lines of the log, no more
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     for old in root.handlers[:]:

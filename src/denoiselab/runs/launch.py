@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from denoiselab.runs.errors import RankError
-from denoiselab.runs.signals import STOPPING, held_back
+from denoiselab.runs.signals import STOPPING
 
 PATIENCE = timedelta(days=7)  # ranks wait as long as the work of another takes: who ends a failed job is its launcher
 ECHO_SECONDS = 5.0  # a rank that fails because another one has gone waits so long for the launcher to notice the first
@@ -113,14 +113,15 @@ def _handing_on(file: Path) -> Iterator[None]:
 
     resource_tracker.ensure_running()  # as the first process is spawned, which would unblock two of them
     before = {number: signal.signal(number, note) for number in STOPPING}  # if a library's thread gets it
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     thread = threading.Thread(target=hand_on, daemon=True)
+    thread.start()
     try:
-        with held_back():
-            thread.start()
-            yield
+        yield
     finally:
         done.set()
         thread.join()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -29,9 +29,16 @@ def stopping() -> Iterator[None]:
 
 @contextmanager
 def held_back(numbers: Collection[signal.Signals] = STOPPING) -> Iterator[None]:
-    """Inside, signals wait until this is over, in this thread and in what it starts."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    """Inside, signals wait until this is over; to be called on the main thread.
+
+    To block them would not do: the system then gives them to another thread, and Python to the handler.
+    """
+    received: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: received.append(n)) for number in numbers}
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for again in received:
+            signal.raise_signal(again)

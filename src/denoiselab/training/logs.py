@@ -17,8 +17,8 @@ from denoiselab.training.history import surviving
 
 def log_metrics(trainer: lightning.Trainer, metrics: dict[str, float]) -> None:
     """Log one row from rank 0."""
-    if trainer.is_global_zero:
-        for logger in trainer.loggers:
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        with surviving(_files(logger)):
             logger.log_metrics(metrics, step=trainer.global_step)
 
 
@@ -28,7 +28,8 @@ def log_protocols(trainer: lightning.Trainer, protocols: dict[str, dict[str, Any
         if isinstance(logger, WandbLogger):
             config = logger.experiment.config
             known = dict(config.get("protocols") or {})  # an update replaces the whole entry
-            config.update({"protocols": known | protocols}, allow_val_change=True)
+            with surviving(_files(logger)):
+                config.update({"protocols": known | protocols}, allow_val_change=True)
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
@@ -40,16 +41,20 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 def log_image(trainer: lightning.Trainer, key: str, picture: Image.Image) -> None:
     """Log one picture from rank 0 to the loggers that show pictures."""
-    if not trainer.is_global_zero:
-        return
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(key, [picture], step=trainer.global_step)
-        elif isinstance(logger, TensorBoardLogger):
-            import numpy as np
+    for logger in trainer.loggers if trainer.is_global_zero else ():
+        with surviving(_files(logger)):
+            if isinstance(logger, WandbLogger):
+                logger.log_image(key, [picture], step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                import numpy as np
 
-            pixels = np.asarray(picture.convert("RGB"))
-            logger.experiment.add_image(key, pixels, trainer.global_step, dataformats="HWC")
+                pixels = np.asarray(picture.convert("RGB"))
+                logger.experiment.add_image(key, pixels, trainer.global_step, dataformats="HWC")
+
+
+def _files(logger: Logger) -> Path:
+    """What a logger writes, for messages."""
+    return Path(logger.save_dir or "") / type(logger).__name__
 
 
 def no_logger(*, run_dir: Path, name: str) -> list[Logger]:
