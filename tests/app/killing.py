@@ -28,6 +28,14 @@ from torch import Tensor
 from denoiselab.training.checkpoint import load_checkpoint, newest_checkpoint
 from denoiselab.training.dropout import KeyedDropout
 
+UNET = [
+    "backbone=unet",
+    "backbone.width=8",
+    "backbone.multipliers=[1]",
+    "backbone.attention_resolutions=[]",
+    "backbone.dropout=0.2",
+]
+DIT = ["backbone=dit", "backbone.hidden_size=32", "backbone.depth=1", "backbone.num_heads=2"]
 CHOICES = {"datamodule": "digits", "backbone": "unet", "objective": "rectified_flow"}
 warm = multiprocessing.get_context("forkserver")
 warm.set_forkserver_preload(["denoiselab.app.train", "sklearn.datasets", "scipy.linalg", "wandb", "pytest"])

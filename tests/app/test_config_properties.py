@@ -20,7 +20,7 @@ from denoiselab.app.resume import find_start
 
 QUIET = ["metrics=none", "logger=none"]
 MEASURED = ["metrics=digits", "metrics.counts=[20]"]
-FEW, MANY = 50, 500
+FEW, MANY = 50, 250
 # --- what may be typed ---
 
 # Words that are wrong nearly everywhere, right somewhere, or special to Hydra, OmegaConf, YAML, a shell or a terminal.

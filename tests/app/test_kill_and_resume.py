@@ -9,7 +9,7 @@ import signal
 
 import pytest
 from calls import composed
-from killing import end_of, seen, start, unlike, wait
+from killing import DIT, UNET, end_of, seen, start, unlike, wait
 
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of, step_of
 
@@ -31,14 +31,6 @@ SMALL = [
     "callbacks.pictures.rows=1",
     "+callbacks.recorder._target_=killing.Recorder",
 ]
-UNET = [
-    "backbone=unet",
-    "backbone.width=8",
-    "backbone.multipliers=[1]",
-    "backbone.attention_resolutions=[]",
-    "backbone.dropout=0.2",
-]
-DIT = ["backbone=dit", "backbone.hidden_size=32", "backbone.depth=1", "backbone.num_heads=2"]
 PLAIN = ["metrics=none"]
 MEASURED = [
     "metrics.counts=[20]",

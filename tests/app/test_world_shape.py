@@ -11,7 +11,7 @@ import csv
 
 import pytest
 from calls import composed
-from killing import by_place, start, wait
+from killing import DIT, UNET, by_place, start, wait
 
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of, load_checkpoint, newest_checkpoint
 
@@ -31,14 +31,6 @@ SMALL = [
     "callbacks.pictures=null",
     "+callbacks.recorder._target_=killing.Recorder",
 ]
-UNET = [
-    "backbone=unet",
-    "backbone.width=8",
-    "backbone.multipliers=[1]",
-    "backbone.attention_resolutions=[]",
-    "backbone.dropout=0.2",
-]
-DIT = ["backbone=dit", "backbone.hidden_size=32", "backbone.depth=1", "backbone.num_heads=2"]
 SGD = ["optimizer._target_=torch.optim.SGD", "optimizer.lr=0.02", "+optimizer.momentum=0.9"]
 SGD += [f"~optimizer.{key}" for key in ("betas", "eps", "fused")]
 DOUBLE = ["+callbacks.double._target_=killing.Double"]
