@@ -73,14 +73,15 @@ def options(command: str, **changes: Any) -> dict[str, Any]:
     return copy.deepcopy(_options(command)) | {"device": "cpu"} | changes
 
 
-def write_pickle(path: Path, pickled: bytes) -> None:
-    """An archive like torch.save's, with a pickle of one's own."""
+def write_pickle(path: Path, pickled: bytes, called: str = "data.pkl") -> None:
+    """An archive like torch.save's, with a pickle of one's own, under a name of one's own."""
     buffer = io.BytesIO()
     torch.save({"a": torch.zeros(1)}, buffer)
     with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as target:
         for name in source.namelist():
-            target.writestr(name, pickled if name.endswith("data.pkl") else source.read(name))
-            target.getinfo(name).external_attr = 0  # as torch leaves it
+            given = name.replace("data.pkl", called)
+            target.writestr(given, pickled if name.endswith("data.pkl") else source.read(name))
+            target.getinfo(given).external_attr = 0  # as torch leaves it
 
 
 def pickled_call(module: str, name: str, *arguments: Any) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import os
 import pickle
 import zipfile
@@ -15,9 +16,12 @@ from calls import call, composed, files_below, run_script
 from hostile import FILE, good, isolated, isolated_each, options, pickled_call, training, write_pickle
 
 from denoiselab.app.build import make_parts, make_training
+from denoiselab.app.convert import convert
 from denoiselab.app.evaluate import evaluate
+from denoiselab.app.frontier import frontier
+from denoiselab.app.replay import replay
 from denoiselab.app.sample import sample
-from denoiselab.app.trained import load_trained
+from denoiselab.app.trained import load_trained, without_consent
 from denoiselab.runs.errors import ConfigError
 
 TOUCH = "touch harmed"
@@ -45,6 +49,14 @@ def to_start_from(file):
 def to_guide(file):
     autoguidance = {"_target_": f"{IN}diffusion.guidance.Autoguidance", "_partial_": True, "scale": 2.0, "guide": file}
     make_parts(training(guidance=autoguidance))
+
+
+def to_frontier(file):
+    frontier(options("frontier", checkpoint=file, output="drawn"), {"logger": "none", "guidance": "none"}, [])
+
+
+def to_convert(file):
+    convert({k: v for k, v in options("convert", checkpoint=file, to="safetensors").items() if k != "device"}, {}, [])
 
 
 READERS = (to_sample, to_start_from, to_guide)
@@ -228,6 +240,32 @@ def test_places(changes, words, tmp_path):
     refused(tmp_path, [words], [to_sample] if only_sampled or "seed" in changes else BUILDERS)
 
 
+@pytest.mark.parametrize("reader", [to_sample, to_evaluate, to_frontier, to_convert, to_guide])
+def test_no_command_asks_a_file_whom_to_trust(reader, tmp_path):
+    checkpoint = good()
+    checkpoint["config"] |= {"trust": ["hostile", "os", "posix"]}
+    checkpoint["config"]["backbone"] = {"_target_": "hostile.pickled_call", "module": "os", "name": "system"}
+    torch.save(checkpoint, tmp_path / FILE)
+    refused(tmp_path, ["backbone._target_=hostile.pickled_call: is not trusted"], [reader])
+
+
+def to_replay(folder):
+    replay({key: value for key, value in options("replay", run=folder).items() if key != "device"}, {}, [])
+
+
+def test_a_run_folder_has_no_say_in_whom_its_guide_trusts(tmp_path):
+    guide = good()
+    guide["config"]["objective"]["path"] = {"_target_": "hostile.pickled_call", "module": "os", "name": "system"}
+    torch.save(guide, tmp_path / FILE)
+    autoguidance = {"_target_": f"{IN}diffusion.guidance.Autoguidance", "_partial_": True, "scale": 2.0, "guide": FILE}
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(training(guidance=autoguidance, trust=["hostile"])))
+    (folder / "starts.jsonl").write_text(json.dumps({"data": {"train": "x", "test": "x"}}) + "\n")
+    (folder / "trace.csv").write_text("step,loss,grad_norm,samples\n1,1.0,1.0,3\n")
+    refused(tmp_path, ["guidance.guide", "hostile.pickled_call: is not trusted"], [to_replay], "run")
+
+
 @pytest.mark.parametrize("value", [None, [], "config", 3, {}], ids=repr)
 def test_no_config(value, tmp_path):
     torch.save(good() | {"config": value}, tmp_path / FILE)
@@ -247,11 +285,9 @@ def test_circular_and_unfolding_configs(tmp_path):
     circle["config"]["x"] = circle["config"]
     torch.save(circle, tmp_path / FILE)
     refused(tmp_path, ["nested too deep"], BUILDERS)
-    unfolding = [0]
-    for _ in range(30):
-        unfolding = [unfolding] * 100
-    torch.save(good() | {"config": {"x": unfolding}}, tmp_path / FILE)
-    refused(tmp_path, ["x", "holds too much"], [to_sample])
+    for levels, words in ((5, ["x", "holds too much"]), (30, ["unfolds to more than"])):
+        torch.save(good() | {"config": {"x": unfolding(levels)}}, tmp_path / FILE)
+        refused(tmp_path, words, [to_sample])
 
 
 BIG = 10**9
@@ -267,6 +303,28 @@ SIZES = {
     ),
     "large images": ("datamodule", {"resolution": 2**20}, "resolution"),
     "many classes": ("datamodule", {"num_classes": 2**40}, "num_classes"),
+    "a list that takes long": ("backbone", {"multipliers": [1] * 50_000}, "backbone.multipliers: must hold at most"),
+    "many features": (
+        "objective",
+        {
+            "weighting": {
+                "_target_": f"{IN}diffusion.weighting.LearnedUncertainty",
+                "over": {"_target_": f"{IN}diffusion.weighting.Unit"},
+                "channels": 10**8,
+            }
+        },
+        "objective.weighting.channels=100000000: must be from 1 to 65536",
+    ),
+    "a network of torch's": (
+        "backbone",
+        {"_target_": "torch.nn.Transformer", "num_encoder_layers": 10**7},
+        "backbone._target_=torch.nn.Transformer: is not trusted",
+    ),
+    "an extractor of torch's": (
+        "metrics",
+        {"extractors": {"x": {"_target_": "torch.nn.Linear", "in_features": 30_000, "out_features": 30_000}}},
+        "metrics.extractors.x._target_=torch.nn.Linear: is not trusted",
+    ),
 }
 
 
@@ -295,6 +353,14 @@ def with_first(value):
         average[first(average)] = value(average[first(average)])
 
     return change
+
+
+def unfolding(levels):
+    """A list of ten times the same list of ten times the same list, and so on: few bytes, and no end of text."""
+    found = ["x"] * 10
+    for _ in range(levels):
+        found = [found] * 10
+    return found
 
 
 def huge(checkpoint):
@@ -342,6 +408,9 @@ WEIGHTS = {
     "another layout": (lambda c: c.update(schema=2), "layout 2"),
     "a layout like ours": (lambda c: c.update(schema=True), "layout True"),
     "no layout": (lambda c: c.pop("schema"), "layout None"),
+    "a layout that unfolds": (lambda c: c.update(schema=unfolding(5)), "layout of type list"),
+    "a layout that unfolds without end": (lambda c: c.update(schema=unfolding(30)), "unfolds to more than"),
+    "a step of many digits": (lambda c: c.update(global_step=10**600), "global_step is of type int"),
 }
 
 
@@ -366,7 +435,7 @@ def test_names_of_averages(name, tmp_path):
 
 
 def test_names_of_extractors(tmp_path):
-    module = {"_target_": "torch.nn.Identity", "_partial_": True}
+    module = {"_target_": f"{IN}backbones.unet.UNet", "_partial_": True}
     extractor = {"_target_": f"{IN}evaluation.module_extractor.ModuleExtractor", "module": module, "name": "../x"}
     checkpoint = good()
     checkpoint["config"]["metrics"] |= {
@@ -402,7 +471,35 @@ def test_nothing_is_fetched_on_a_files_word(tmp_path):
     assert files_below(tmp_path) == [FILE]
 
 
+def test_what_a_file_may_not_ask_for():
+    cores = os.cpu_count()
+    config = {
+        "datamodule": {"download": True, "num_workers": 10**6, "root": "x"},
+        "trainer": {"threads": 10**6, "devices": 2},
+        "metrics": {"extractors": [{"allow_other_weights": True}]},
+    }
+    bounded = without_consent(config)
+    assert bounded["datamodule"] == {"download": False, "num_workers": cores, "root": "x"}
+    assert bounded["trainer"] == {"threads": cores, "devices": 2}
+    assert bounded["metrics"]["extractors"] == [{"allow_other_weights": False}]
+    typed = without_consent(config, ["datamodule.download=true", "++trainer.threads=1000000"])
+    assert typed["datamodule"]["download"] is True
+    assert (typed["datamodule"]["num_workers"], typed["trainer"]["threads"]) == (cores, 10**6)
+    assert config["datamodule"]["download"] is True
+    assert without_consent({"trainer": {"threads": None}, "x": 3}) == {"trainer": {"threads": None}, "x": 3}
+
+
 # --- pickles ---
+
+
+def nested_key(levels):
+    """A dict with a tuple of ten tuples of ten tuples, and so on, as a key: hashed at every use, part by part."""
+    pickled = b"\x80\x02(" + b"(" + b"K\x01" * 10 + b"t" + b"r" + (0).to_bytes(4, "little")
+    for i in range(levels):
+        below, this = (b"j" + i.to_bytes(4, "little")) * 10, b"r" + (i + 1).to_bytes(4, "little")
+        pickled += b"(" + below + b"t" + this
+    return pickled + b"}" + b"j" + levels.to_bytes(4, "little") + b"K\x01st."
+
 
 PICKLES = {
     "os.system": pickled_call("os", "system", TOUCH),
@@ -427,8 +524,9 @@ PICKLES = {
     "codecs.decode": pickled_call("codecs", "decode", b"x", "zlib"),
     "lightning.pytorch.Trainer": pickled_call("lightning.pytorch", "Trainer"),
     "collections.Counter": pickled_call("collections", "Counter", "abc"),
-    "STACK_GLOBAL": b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch harmed\x85R.",
-    "INST": b"(S'touch harmed'\nios\nsystem\n.",
+    "STACK_GLOBAL": b"\x80\x02X\x02\0\0\0osX\x06\0\0\0system\x93X\x0c\0\0\0touch harmed\x85R.",
+    "INST": b"(K\x01ios\nsystem\n.",
+    "made of more than": nested_key(30),
 }
 
 
@@ -436,6 +534,12 @@ PICKLES = {
 def test_pickles(name, pickled, tmp_path):
     write_pickle(tmp_path / FILE, pickled)
     refused(tmp_path, ["plain data", name], READERS)
+
+
+@pytest.mark.parametrize("name", ["data.PKL", "DATA.pkl", "Data.Pkl"])
+def test_a_pickle_under_another_name(name, tmp_path):
+    write_pickle(tmp_path / FILE, PICKLES["builtins.bytearray"], name)
+    refused(tmp_path, ["plain data", "builtins.bytearray"], READERS)
 
 
 def test_a_pickle_without_an_archive(tmp_path):

@@ -150,12 +150,36 @@ def test_other_packages_and_other_code_are_said(run, capsys):
     assert "code.commit 000000000000 →" in said
 
 
+def resay(run, change):
+    (run / "starts.jsonl").write_text(json.dumps(json.loads((run / "starts.jsonl").read_text()) | change) + "\n")
+
+
+def piped(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def respell(run, step):
+    heading, first, *rest = (run / "trace.csv").read_text().splitlines(keepends=True)
+    (run / "trace.csv").write_text("".join([heading, first.replace("1", step, 1), *rest]))
+
+
 @pytest.mark.parametrize(
     ("spoil", "options", "said"),
     [
         (lambda run: (run / "trace.csv").unlink(), [], "has no trace.csv"),
         (lambda run: (run / "config.json").unlink(), [], "has no config.json"),
         (lambda run: (run / "starts.jsonl").write_text("{"), [], "cannot be read"),
+        *[
+            ((lambda run, change=change: resay(run, change)), [], "its config.json or starts.jsonl cannot be read")
+            for change in ({"data": {}}, {"data": {"train": 3, "test": 4}}, {"git": "x"}, {"packages": [1]})
+        ],
+        (lambda run: (run / "config.json").write_text("[" * 100_000), [], "cannot be read"),
+        (lambda run: (run / "trace.csv").write_text("step,loss\n1,1\n2,1\n"), [], "trace.csv has no column grad_norm"),
+        (lambda run: piped(run / "trace.csv"), [], "trace.csv: cannot be read (is no regular file)"),
+        (lambda run: piped(run / "config.json"), [], "config.json or starts.jsonl cannot be read"),
+        (lambda run: respell(run, "²"), ["steps=1"], "began at step 1, on from another run"),
+        (lambda run: respell(run, "1," + "9" * 200_000), [], "trace.csv: is damaged (field larger than"),
         (lambda run: None, ["steps=0"], "steps=0: must be at least 1"),
         (lambda run: None, ["tolerance=-1.0"], "tolerance=-1.0: must be at least 0"),
         (lambda run: None, ["checkpoint=nowhere.ckpt"], "checkpoint=nowhere.ckpt: must be a file in"),
@@ -211,6 +235,8 @@ def test_verdicts():
     assert (close.differs, close.other_samples, close.at) == (2, None, (2, "0.25", "0.2500001"))
     assert close.largest == pytest.approx(4e-7, rel=1e-3)
     assert compare(rows("0.5", "nan"), rows("0.5", "0.3")).largest == float("inf")
+    assert compare(rows("0.5", ""), rows("0.5", "0.3")).largest == float("inf")
+    assert compare(rows("0"), rows("0.0")).largest == 0
     assert compare(rows("0.5"), rows("0.5", samples=8)).other_samples == 1
     with pytest.raises(RankError, match="made 1 steps, and 2 are recorded"):
         compare(rows("0.5", "0.4"), rows("0.5"))

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -129,14 +131,64 @@ def test_batches_of_something_else(cifar10_folder):
         ({b"data": pixels, b"labels": [10] * 10}, "test_batch " + shapes.format(10)),
         ({b"data": pixels, b"labels": [-1] * 10}, "test_batch " + shapes.format(10)),
         ({b"data": pixels, b"fine_labels": [0] * 10}, "cannot read test_batch (b'labels')"),
-        ({b"data": pixels.astype(float), b"labels": [0] * 10}, "its pixels are float64 and its labels int64, not"),
+        ({b"data": pixels.astype(float), b"labels": [0] * 10}, "it holds an array of f8, not of uint8 or integers"),
         ({b"data": pixels[:, :3000], b"labels": [0] * 10}, "cannot read test_batch (cannot reshape"),
+        ({b"data": pixels, b"labels": [0.0] * 10}, "cannot read test_batch (it holds something else than lists"),
+        ({b"data": pixels, b"labels": [10**30] * 10}, "its pixels are uint8 and its labels object, not"),
         ([1, 2], "cannot read test_batch (list indices"),
     ]:
         path.write_bytes(pickle.dumps(batch, protocol=3))
         with pytest.raises(ValueError, match=f"^root={cifar10_folder}: ") as caught:
             module(cifar10_folder).check()
         assert reason in str(caught.value)
+
+
+def array_of(kind, state, data=bytes(32)):
+    """The pickle of an array whose type is put together by hand: 4 numbers of 8 bytes."""
+    text = b"X" + struct.pack("<I", len(kind)) + kind
+    dtype = b"cnumpy\ndtype\n(" + text + b"\x89\x88tR" + state
+    empty = b"cnumpy._core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\0tC\x01btR"
+    return empty + b"(K\x01(K\x04t" + dtype + b"\x89B" + struct.pack("<I", len(data)) + data + b"tb"
+
+
+PLAIN = (
+    b"(K\x03X\x01\0\0\0|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"  # the state of a type: its flags, the last, are 0
+)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "reason"),
+    [
+        (array_of(b"O8", PLAIN, b"A" * 32), "it holds an array of O8, not of uint8 or integers"),  # pointers
+        (array_of(b"V8", PLAIN), "it holds an array of V8, not of uint8 or integers"),
+        (array_of(b"i8", PLAIN), "its pixels are int64 and its labels int64, not uint8 and integers"),
+        (array_of(b"i8", PLAIN, bytes(31)), "buffer size must be a multiple of element size"),
+        (array_of(b"u1", PLAIN, bytes(31)), "cannot reshape array of size 31 into shape (4,)"),
+        (b"cnumpy\nndarray\n(J\xff\xff\xff\x7ftR", "its pixels are float64 and its labels int64, not"),
+        (b"cnumpy._core.multiarray\n_reconstruct\n}b", "_Array.__setstate__() missing 1 required positional argument"),
+        (b"\x96" + struct.pack("<Q", 2**34), "150"),  # a bytearray, made before it is read
+    ],
+)
+def test_an_array_is_made_of_its_bytes_whatever_a_pickle_says(cifar10_folder, pickled, reason):
+    path = cifar10_folder / FOLDER / "test_batch"
+    path.write_bytes(b"\x80\x03}(C\x04data" + pickled + b"C\x06labels](K\x01eu.")
+    with pytest.raises(ValueError, match=f"^root={cifar10_folder}: cannot read test_batch ") as caught:
+        module(cifar10_folder).check()
+    assert reason in str(caught.value)
+
+
+def test_a_short_pickle_takes_little_memory(tmp_path):
+    laughs = 0
+    for _ in range(6):
+        laughs = [laughs] * 10
+    memo = b"\x80\x02}(C\x04dataK\0r" + struct.pack("<I", 2**24) + b"u."
+    for pickled in (memo, pickle.dumps({b"data": laughs, b"labels": laughs})):
+        (tmp_path / "batch").write_bytes(pickled)
+        tracemalloc.start()
+        with pytest.raises(ValueError, match="it holds something else than lists of whole numbers and arrays"):
+            cifar10.read_batch(tmp_path / "batch")
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+        tracemalloc.stop()
 
 
 def test_damaged_files_are_named_in_one_line(cifar10_folder, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from denoiselab.data.image_folder import File, ImageFolder, choose_test, decode
+from denoiselab.data.image_folder import File, ImageFolder, choose_test, decode, list_images
 
 
 def noise(seed, height=12, width=10, channels=3):
@@ -153,6 +153,19 @@ def test_without_classes_folders_are_only_folders(tmp_path):
     data = module(tmp_path, num_classes=0, test_fraction=0.5)
     assert len(data.train_set()) + len(data.test_set()) == 21
     assert {data.train_set()[i]["label"] for i in range(len(data.train_set()))} == {-1}
+
+
+def test_links_are_followed_and_no_folder_is_gone_into_twice(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    write(root, count=2)
+    write(elsewhere, count=1, classes=("more",))
+    (root / "linked").symlink_to(elsewhere)
+    wanted = ["cat/000.png", "cat/001.png", "dog/000.png", "dog/001.png", "linked/more/000.png"]
+    assert list_images(root, "") == wanted
+    for folder in (root, root / "cat", root / "dog", elsewhere):
+        for i in range(20):  # each leads to all others again and again
+            (folder / f"loop{i}").symlink_to(root)
+    assert list_images(root, "") == wanted
 
 
 def test_hidden_files_and_other_files_are_ignored(tmp_path):

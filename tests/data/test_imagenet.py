@@ -5,6 +5,8 @@ import logging
 import os
 import pickle
 import shutil
+import tracemalloc
+import zipfile
 from itertools import islice
 
 import numpy as np
@@ -397,6 +399,33 @@ def test_a_single_file_of_adm_or_of_our_samples(tmp_path):
         assert len(module(path, test_root=str(path)).test_set()) == 12
     np.savez(tmp_path / "bare.npz", arr_0=images)
     assert module(tmp_path / "bare.npz", num_classes=0).train_set().label(0) == -1
+
+
+def test_npz_files_that_unpack_to_too_much(tmp_path):
+    path, large = tmp_path / "a.npz", 2**20
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("arr_0.npy", "w") as member:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (150 * large // 768, 16, 16, 3)}
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(150):
+            member.write(bytes(large))
+    size, unpacked = path.stat().st_size, 150 * large + 128
+    line = f"root={path}: cannot read a.npz (it has {size:,} bytes and would unpack to {unpacked:,})"
+    tracemalloc.start()
+    refuses(line, path, num_classes=0)
+    assert tracemalloc.get_traced_memory()[1] < large
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_an_npz_array_has_the_bytes_that_its_shape_takes(tmp_path, method):
+    path = tmp_path / "a.npz"
+    for count in (3, 5, 10**12):
+        with zipfile.ZipFile(path, "w", method) as archive, archive.open("arr_0.npy", "w") as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, 16, 16, 3)}
+            np.lib.format.write_array_header_1_0(member, header)
+            member.write(bytes(4 * 16 * 16 * 3))
+        reason = f"its arr_0.npy has not as many bytes as uint8 [{count}, 16, 16, 3] takes"
+        refuses(f"root={path}: cannot read a.npz ({reason})", path, num_classes=0)
 
 
 def test_npz_files_of_something_else(tmp_path):

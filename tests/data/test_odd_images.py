@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -254,7 +256,7 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     tiff = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in tags)
     files = {
         "20000x10000": png(20000, 10000, 1, 0, []),
-        "13378x13377": png(13378, 13377, 8, 2, []),
+        "10001x10000": png(10001, 10000, 8, 2, []),
         "50000x60000": bytes(jpeg),
         "30000x30000": b"P6 30000 30000 255\n",
         "65535x65535": b"GIF89a\xff\xff\xff\xff\0\0\0,\0\0\0\0\xff\xff\xff\xff\0\2\2D\1\0;",
@@ -262,12 +264,12 @@ def test_bombs_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
     }
     for size, data in files.items():
         (tmp_path / size).write_bytes(data)
-        assert reason(tmp_path / size) == f"has {size} pixels, more than 178,956,970"
+        assert reason(tmp_path / size) == f"has {size} pixels, more than 100,000,000"
     assert loaded == []
 
 
-def test_the_limit_is_pillows_and_holds_whatever_pillows_is_set_to(tmp_path, monkeypatch):
-    assert decoding.MAX_PIXELS == 2 * Image.MAX_IMAGE_PIXELS  # where it raises; above half of it, it warns
+def test_the_limit_is_below_pillows_and_holds_whatever_pillows_is_set_to(tmp_path, monkeypatch):
+    assert decoding.MAX_PIXELS < 2 * Image.MAX_IMAGE_PIXELS  # where it raises
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     monkeypatch.setattr(decoding, "MAX_PIXELS", 12)
     path = tmp_path / "a.png"
@@ -277,11 +279,76 @@ def test_the_limit_is_pillows_and_holds_whatever_pillows_is_set_to(tmp_path, mon
     assert reason(path) == "has 13x1 pixels, more than 12"
 
 
+def test_16_bit_grey_and_transparency_take_a_few_bytes_a_pixel(tmp_path):
+    """In a process of its own, whose peak is its own."""
+    grey = np.zeros((4000, 4000), ">u2")
+    (tmp_path / "grey.png").write_bytes(png(4000, 4000, 16, 0, grey))
+    (tmp_path / "rgba.png").write_bytes(png(4000, 4000, 8, 6, grey.view(np.uint8).repeat(2, 1)))
+    program = """
+import re, sys
+from pathlib import Path
+from denoiselab.data.decoding import decode
+
+def peak():  # of this program alone, in kB; the system's other number is also that of the one that started it
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+
+small, *large = map(Path, sys.argv[1:])
+decode(small, channels=3, size=(4, 4))
+for path in large:
+    before = peak()
+    decode(path, channels=3, size=(4, 4))
+    print((peak() - before) * 1024 / 4000**2)
+"""
+    (tmp_path / "small.png").write_bytes(png(4, 4, 16, 0, deep(RAMP)))
+    names = [str(tmp_path / f"{name}.png") for name in ("small", "grey", "rgba")]
+    done = subprocess.run([sys.executable, "-c", program, *names], capture_output=True, text=True, check=True)
+    assert all(float(bytes_a_pixel) < 14 for bytes_a_pixel in done.stdout.split())
+
+
+def test_every_level_of_16_bits_is_rounded_as_it_should_be(tmp_path):
+    levels = np.arange(2**16).reshape(256, 256).astype(">u2")
+    (tmp_path / "a.png").write_bytes(png(256, 256, 16, 0, levels))
+    found = pixels(tmp_path / "a.png", channels=1, size=(256, 256))[:, :, 0]
+    assert (found == np.round(levels / 257.0)).all()
+
+
+def test_what_few_bytes_make_expensive_is_refused(tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda image: loaded.append(image))
+    lengths = struct.pack("<IiiHHIIiiII", 40, 2**23 + 1, 1, 1, 8, 1, 0, 0, 0, 256, 0)  # a BMP with run lengths
+    tags = [(256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (277, 1), (322, 16384), (323, 16384), (324, 8), (325, 8)]
+    tiff = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + b"".join(struct.pack("<HHII", t, 4, 1, v) for t, v in tags)
+    jpeg = encoded(Image.fromarray(random_images(1, 16)[0]), "JPEG", progressive=True)
+    end, scan = jpeg.rindex(b"\xff\xd9"), jpeg.rindex(b"\xff\xda")
+    hidden = b"\xff\xe1\0\4\xff\xd9"  # an end within a segment is none
+    files = {
+        "has 8388609x1 pixels in run lengths, more than 8,388,608": b"BM"
+        + struct.pack("<IHHI", 0, 0, 0, 1078)
+        + lengths,
+        "has 16384x16384 pixels in a tile, more than 100,000,000": tiff + bytes(4),
+        "has more than 100 scans": jpeg[:scan] + hidden + 100 * jpeg[scan:end] + jpeg[end:],
+    }
+    for i, (line, data) in enumerate(files.items()):
+        (tmp_path / str(i)).write_bytes(data + bytes(2000))
+        assert reason(tmp_path / str(i)) == line
+    assert loaded == []
+
+
+def test_scans_of_other_pictures_in_a_file_do_not_count(tmp_path):
+    image = Image.fromarray(random_images(1, 16)[0])
+    for jpeg in (encoded(image, "JPEG", progressive=True), encoded(image, "JPEG", quality=100)):
+        exif = b"\xff\xe1" + struct.pack(">H", 2 + 2 * 120) + b"\xff\xda" * 120
+        (tmp_path / "a.jpg").write_bytes(jpeg)
+        (tmp_path / "b.jpg").write_bytes(jpeg[:2] + exif + jpeg[2:] + b"\0\2" + b"\xff\xda\0\2" * 120)
+        assert (pixels(tmp_path / "a.jpg") == pixels(tmp_path / "b.jpg")).all()
+        assert decoding._scans(jpeg) == jpeg.count(b"\xff\xda")
+
+
 def test_a_thread_of_an_image_is_not_blown_up(tmp_path):
     path = tmp_path / "a.png"
     Image.new("L", (60000, 1), 7).save(path)
     assert (
-        reason(path, crop="adm", size=(256, 256)) == "has 15360000x256 pixels when it is scaled, more than 178,956,970"
+        reason(path, crop="adm", size=(256, 256)) == "has 15360000x256 pixels when it is scaled, more than 100,000,000"
     )
     assert (pixels(path, size=(256, 256)) == 7).all()
 

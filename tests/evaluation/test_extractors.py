@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import sys
 import types
 import urllib.request
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -364,6 +366,24 @@ def test_dinov2s_code_must_be_there_and_unchanged(dinov2_files, tmp_path):
             changed.check(channels=3, resolution=8)
         with pytest.raises(ValueError, match="must be commit"):
             changed(images(1, 3))
+
+
+def test_dinov2_runs_what_was_hashed_and_nothing_beside_it(dinov2_files, tmp_path):
+    code = tmp_path / "code"
+    harm = compile(f"open({str(tmp_path / 'harmed')!r}, 'w')\n{HUBCONF}", "hubconf.py", "exec")
+    unchecked = importlib._bootstrap_external._code_to_hash_pyc(harm, bytes(8), False)  # Python runs it as it is
+    (code / "__pycache__").mkdir()
+    Path(importlib.util.cache_from_source(str(code / "hubconf.py"))).write_bytes(unchecked)
+    (code / "torch.so").write_bytes(b"")
+    extractor = DINOv2Extractor(**dinov2_files)
+    extractor.check(channels=3, resolution=8)
+    assert extractor(images(1, 3)).features.shape == (1, 6)
+    assert not (tmp_path / "harmed").exists()
+    later = DINOv2Extractor(**dinov2_files)
+    later.check_files()
+    (code / "hubconf.py").write_text("raise SystemExit")
+    with pytest.raises(ValueError, match="must be commit"):
+        later(images(1, 3))
 
 
 def test_a_dinov2_without_a_known_hash_is_taken_knowingly_only(dinov2_files):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from denoiselab.evaluation.pictures import image_grid, read_images, stored_images, to_pil
+from denoiselab.evaluation.pictures import image_grid, read_images, stored_images, stored_protocol, to_pil
 from denoiselab.evaluation.writing import shard_path, shards, write_npz, write_pngs
 from stand_ins import held
 
@@ -239,5 +240,16 @@ def test_a_folder_that_is_not_finished_is_refused(tmp_path):
     assert len(read_images(tmp_path, 1)[1]) == 4
     (tmp_path / "000002-000003.npz").unlink()
     refused(tmp_path, 1, "has 2 of the 4 images of its protocol.json")
-    (tmp_path / "protocol.json").write_text("{")
-    damaged(tmp_path, tmp_path / "protocol.json")
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "protocol.json").write_text(text)
+        damaged(tmp_path, tmp_path / "protocol.json")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "[" * 100_000, "\x00"])
+def test_a_protocol_that_is_none_says_nothing(tmp_path, text):
+    save_shards(random_images(4), None, tmp_path, 4)
+    (tmp_path / "protocol.json").write_text(text)
+    assert list(stored_protocol(tmp_path)) == ["images_sha256"]
+    (tmp_path / "protocol.json").unlink()
+    os.mkfifo(tmp_path / "protocol.json")
+    assert list(stored_protocol(tmp_path)) == ["images_sha256"]

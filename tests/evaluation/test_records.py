@@ -58,3 +58,31 @@ WHOLE = {"name": "x", "value": 1.0, "floor": None, "protocol": {}, "interval": N
 def test_a_record_with_other_keys_is_refused(change):
     with pytest.raises(ValueError, match="must have the keys name, value, floor, protocol"):
         Number.from_dict(change)
+
+
+def test_a_record_of_an_earlier_version_has_no_interval():
+    early = {key: WHOLE[key] for key in ("name", "value", "floor", "protocol")}
+    assert Number.from_dict(early) == Number("x", 1.0, None, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("name", name) for name in (3, [3], "", "\x1b[2J", "x" * 201)],
+        *[("value", value) for value in (None, "1", True, 10**400, [1.0])],
+        *[("floor", value) for value in ("ab", [], True, 10**400)],
+        *[("interval", value) for value in ("ab", [1.0], [1.0, "2"], {"a": 1, "b": 2}, [])],
+        *[("jackknife", value) for value in ("ab", [1.0, None], 3)],
+        *[("protocol", value) for value in (None, [], {"step": "x"}, {"step": [1]}, {"step": True}, {"step": 1.5})],
+        *[("protocol", value) for value in ({"seed": [1]}, {"count": "x"}, {"weights": ["ema"]}, {"weights": 1})],
+    ],
+)
+def test_a_record_with_values_of_other_kinds_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"^number.{key}=.*: is not what a measurement has there$"):
+        Number.from_dict(WHOLE | {key: value})
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [WHOLE]])
+def test_what_is_no_record_is_refused(value):
+    with pytest.raises(ValueError, match="^number: must be a mapping$"):
+        Number.from_dict(value)

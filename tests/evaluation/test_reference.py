@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +157,21 @@ def test_other_files_are_refused(tmp_path, arrays, message):
         published(tmp_path / "x.npz")
     with pytest.raises(ValueError, match="none.npz: no such file"):
         published(tmp_path / "none.npz")
+
+
+def test_files_of_any_kind_are_refused_in_one_line(tmp_path):
+    os.mkfifo(tmp_path / "pipe.npz")  # to open it would wait for ever
+    (tmp_path / "text.npz").write_bytes(b"text")
+    (tmp_path / "half.npz").write_bytes(gaussian_file(tmp_path / "whole.npz").read_bytes()[:500])
+    np.savez_compressed(tmp_path / "bomb.npz", mu=np.zeros(3), sigma=np.zeros((3500, 3500)))
+    for name, reason in [
+        ("pipe", "no such file"),
+        *((name, "must be an npz with the arrays mu and sigma") for name in ("text", "half", "bomb")),
+    ]:
+        with pytest.raises(
+            ValueError, match=f"^{tmp_path}/{name}.npz: {reason}; ADM's, EDM's and pytorch-fid's [a-z ]+$"
+        ):
+            published(tmp_path / f"{name}.npz")
 
 
 def test_the_second_call_reads_what_the_first_wrote(small, reference_cache):

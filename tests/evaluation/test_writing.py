@@ -184,7 +184,7 @@ def test_images_of_unknown_origin_are_refused(tmp_path):
     (tmp_path / "sub" / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="holds images, but no protocol.json"):
         check_folder(tmp_path, PROTOCOL)
-    for text in ("{", "[]", "\x00"):
+    for text in ("{", "[]", "\x00", "[" * 100_000):
         (tmp_path / "protocol.json").write_text(text)
         with pytest.raises(ValueError, match="its protocol.json cannot be read"):
             check_folder(tmp_path, PROTOCOL)

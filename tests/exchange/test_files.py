@@ -69,6 +69,8 @@ def test_a_folder_of_diffusers(weights, model, tmp_path):
         ("w.pt", [1, 2], "holds no state dict, which is names and tensors"),
         ("w.pt", {}, "holds no state dict, which is names and tensors"),
         ("w.pt", {"a": 1}, "holds no state dict, which is names and tensors"),
+        ("w.pt", {"a": torch.zeros(1).expand(10**9)}, "holds tensors that are larger than the file"),
+        ("w.pt", b"\x80\x02cbuiltins\nbytearray\nJ\0\0\0\x10\x85R.", "holds a bytearray, which no weights need"),
     ],
 )
 def test_what_cannot_be_read(name, content, message, tmp_path):
@@ -99,10 +101,20 @@ def test_folders_without_a_model(tmp_path):
     with pytest.raises(ValueError, match=r"has no diffusion_pytorch_model.safetensors or .bin"):
         read(tmp_path)
     torch.save(STATE, tmp_path / "diffusion_pytorch_model.bin")
-    for text, message in (("{", "cannot be read as JSON"), ("[]", "must hold a JSON object")):
+    texts = {"{": "cannot be read as JSON", "[]": "must hold a JSON object", "[" * 10**5: "cannot be read as JSON"}
+    for text, message in texts.items():
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("names", [None, [], {}, ["x"], {"a": 3}, {"a": [1]}, {"a": "../w.bin"}, {"a": "/w.bin"}])
+def test_an_index_that_names_no_files(names, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    index = tmp_path / "diffusion_pytorch_model.bin.index.json"
+    index.write_text(json.dumps({} if names is None else {"weight_map": names}))
+    with pytest.raises(ValueError, match=f"^source={index}: must have a weight_map of the names of files beside it$"):
+        read(tmp_path)
 
 
 def test_writing_safetensors(tmp_path):

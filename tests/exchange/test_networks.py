@@ -216,6 +216,48 @@ def test_the_original_names_of_a_size_that_is_not_published():
     assert all(torch.equal(imported.state[name], tensor) for name, tensor in network.state_dict().items())
 
 
+@pytest.mark.parametrize("side", [64, 2**40, 2**62])
+def test_positions_are_made_for_a_file_that_has_them(side, monkeypatch):
+    places = []
+    made = dit.positions
+
+    def positions(ours):
+        places.append(torch.empty(0).device.type)
+        return made(ours)
+
+    monkeypatch.setattr(dit, "positions", positions)
+    config = {"_class_name": "DiTTransformer2DModel", "sample_size": side, "num_layers": 1}
+    with pytest.raises(ValueError, match=r"^keys: 25 missing|^config.json or tensors hold what no such network has"):
+        import_network(Source({dit.DIFFUSERS_POSITIONS: torch.zeros(1)}, config))
+    assert "cpu" not in places
+
+
+def test_sides_of_nothing_are_refused():
+    edm = {
+        "enc.8x8_block0.conv1.weight": (0, 1, 3, 3),
+        "enc.8x8_conv.weight": (0, 1, 3, 3),
+        "dec.8x8_aux_conv.weight": (1, 1),
+        "map_layer0.weight": (1, 1),
+    }
+    original = {
+        "x_embedder.proj.weight": (0, 1, 0, 0),
+        "final_layer.linear.weight": (1, 1),
+        "blocks.0.mlp.fc1.weight": (1, 1),
+    }
+    nothing_wide = Source({}, {"_class_name": "UNet2DModel", **unet.FIXED, "block_out_channels": [0, 0]})
+    tensors = [Source({n: torch.zeros(shape) for n, shape in shapes.items()}) for shapes in (edm, original)]
+    for source in (nothing_wide, *tensors):
+        with pytest.raises(ValueError, match=r"^config.json or tensors hold .+ has \(ZeroDivisionError: [a-z ]+\)$"):
+            import_network(source)
+
+
+def test_a_depth_that_a_config_claims_is_refused_before_it_is_made():
+    state = {dit.LABELS.format(0): torch.zeros(2, 4)}
+    config = {"_class_name": "DiTTransformer2DModel", "num_layers": 10**15, "num_embeds_ada_norm": 1}
+    with pytest.raises(ValueError, match="^depth=1000000000000000: must be at most 300$"):
+        import_network(Source(state, config))
+
+
 def test_other_positions_are_refused():
     state, _ = small_original()
     state["pos_embed"] = torch.zeros(1, 16, 32)

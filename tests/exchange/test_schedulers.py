@@ -136,6 +136,9 @@ def test_a_network_that_is_told_something_else():
     [
         ({"beta_schedule": "sigmoid"}, "beta_schedule=sigmoid: must be linear, scaled_linear or squaredcos_cap_v2"),
         ({"_class_name": "EDMEulerScheduler"}, "beta_schedule=None: must be linear"),
+        ({"beta_schedule": "linear", "beta_start": {"_target_": "a.b"}}, "beta_start={'_target_': 'a.b'}: must be a"),
+        ({"beta_schedule": "linear", "beta_end": "0.02"}, "beta_end=0.02: must be a number"),
+        ({"beta_schedule": "linear", "prediction_type": ["epsilon"]}, "prediction_type=['epsilon']: must be epsilon"),
         ({"beta_schedule": "linear", "num_train_timesteps": 4000}, "num_train_timesteps=4000: must be 1000"),
         ({"beta_schedule": "linear", "trained_betas": [0.1]}, "trained_betas: is a table without a name"),
         (

@@ -192,6 +192,11 @@ def printed(table, width):
     return console.file.getvalue()
 
 
+def test_a_name_is_no_markup(tmp_path):
+    runs = [write_run(tmp_path / name, number("[/bold]fd[red]", value)) for name, value in (("a", 1.0), ("b", 2.0))]
+    assert "[/bold]fd[red]" in printed(found(*runs), 120)
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_the_terminal_shows_everything_at_any_width(sweep, width):
     text = printed(found(*sweep), width)

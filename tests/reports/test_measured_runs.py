@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -182,3 +183,54 @@ def test_what_may_vary_is_named_also_where_it_follows_from_the_config(tmp_path):
         write_run(tmp_path / "b", number("fid_2k", 1.0, protocol=DDIM), objective="epsilon"),
     )
     assert names(*runs, vary=["sampler"]) == ["objective=v, sampler=HeunT", "objective=epsilon, sampler=DDIM"]
+
+
+# --- folders of somebody else's ---
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, '{"a":' * 900 + "1" + "}" * 900, '{"name": [3]}', "\x1b[2J"])
+def test_lines_that_nobody_measured_are_left_out(tmp_path, value):
+    run = write_run(tmp_path / "a", number("fid_2k", 3.0), number("fid_2k", 4.0, protocol={"step": 800}))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"{value}\n")
+    runs, notes = read_all([run])
+    assert notes == [f"{run}/metrics.jsonl:3: is damaged; left out"]
+    assert [n.value for n in runs[0].numbers.values()] == [3.0]
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    run = write_run(tmp_path / "a", number("fid_2k", 3.0))
+    for name in ("config.json", "command.json"):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+    (measured,) = read(run)
+    assert (measured.config, measured.choices, measured.overrides, measured.seed) == ({}, {}, [], None)
+    (run / "metrics.jsonl").unlink()
+    os.mkfifo(run / "metrics.jsonl")
+    runs, notes = read_all([run])
+    assert not runs
+    assert notes == [f"{run}/metrics.jsonl: cannot be read (is no regular file); left out"]
+
+
+@pytest.mark.parametrize("config", ["[" * 100_000, "[]", "{"])
+def test_a_config_that_cannot_be_read_is_as_if_it_were_not_there(tmp_path, config):
+    run = write_run(tmp_path / "a", number("fid_2k", 3.0))
+    (run / "config.json").write_text(config)
+    (measured,) = read(run)
+    assert measured.config == {}
+
+
+@pytest.mark.parametrize(
+    ("command", "choices", "overrides"),
+    [
+        ({"choices": [1], "overrides": 3}, {}, []),
+        ({"choices": {"a": [1], "b": "c"}, "overrides": [1, 2, "a=1"]}, {"b": "c"}, ["a=1"]),
+        ({}, {}, []),
+    ],
+)
+def test_of_a_command_only_text_is_taken(tmp_path, command, choices, overrides):
+    run = write_run(tmp_path / "a", number("fid_2k", 3.0), seed=[1])
+    (run / "command.json").write_text(json.dumps(command))
+    (measured,) = read(run)
+    assert (measured.choices, measured.overrides, measured.seed) == (choices, overrides, None)
+    assert names(measured, measured) == ["", ""]

@@ -126,7 +126,7 @@ def test_each_key_of_a_run_is_free_or_refused():
         assert any(below(key, [name]) for key in leaves), name
 
 
-@pytest.mark.parametrize("key", ["root", "test_root", "cache"])
+@pytest.mark.parametrize("key", ["root", "test_root", "cache", "download"])
 def test_data_may_move(key):
     old = {"datamodule": {key: "here"}}
     assert check_changes(old, {"datamodule": {key: "there"}}, []) == [f"datamodule.{key} here → there"]

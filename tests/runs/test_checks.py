@@ -227,3 +227,20 @@ def test_values_are_shown_in_one_line_and_not_at_any_length():
     assert show("a\nb\x1b[31m\u202e") == "a\\nb\\x1b[31m\\u202e"
     assert len(show("x" * 10**6)) < 200
     assert (show(None), show(True), show(["a"])) == ("null", "true", "['a']")
+    for value in ({"a": [1, "b", None], 2: {}}, (1,), (), [(), [True, 0.5]], "x" * 160):
+        assert show(value) == str(value)
+
+
+def test_what_is_nested_or_large_is_shown_by_its_beginning():
+    unfolding = ["x" * 10**6] * 10
+    for _ in range(30):
+        unfolding = [unfolding] * 10
+    circle = {}
+    circle["again"] = circle
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (unfolding, circle, deep, {(1, 2): unfolding}):
+        assert len(show(value)) < 200
+        assert show(value).endswith("...")
+    assert show(10**5000) == "a number of 16610 bits"

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,9 @@ def test_secrets_of_the_environment(tmp_path):
         ("num_tokens=128 monkey=banana keys=[a,b]", "num_tokens=128 monkey=banana keys=[a,b]"),
         ("see hf_abcdefghijklmnopqrstuvwx", "see ***"),
         ("a AKIAABCDEFGHIJKLMNOP b", "a *** b"),
+        ("a sk-proj-abcdefghij_klmn0pqrst b", "a *** b"),
+        ("a task-of-which-there-are-many b", "a task-of-which-there-are-many b"),
+        (f"a eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOi{'I' * 5000}xMjM.{'s' * 43} b", "a *** b"),
         ("x -----BEGIN RSA PRIVATE KEY-----\nabc\n-----END RSA PRIVATE KEY----- y", "x *** y"),
         ("commit 617068f2a0d0c1b2a3948576a0b1c2d3e4f50617", "commit 617068f2a0d0c1b2a3948576a0b1c2d3e4f50617"),
     ],
@@ -146,6 +151,12 @@ def test_a_secret_is_found_however_it_is_written():
     in_a_url = "it%27s%20%22odd%22%5C%20%26%20100%25%20%C3%BCnsafe"
     for written in (odd, json.dumps(odd), repr(odd), written_as_yaml, in_a_url):
         assert "odd" not in redact_text(written, [odd]), written
+
+
+def test_long_texts_do_not_take_for_ever():
+    program = "import sys; from denoiselab.runs.secrets import redact_text; redact_text(sys.argv[1] * 50_000, ())"
+    for unit in ("sk-", "eyJ-", "eyJaaaaaaaaaa.eyJ-", "token=${", "token: "):
+        subprocess.run([sys.executable, "-c", program, unit], check=True, timeout=60)
 
 
 def test_the_environment_is_the_default(monkeypatch):

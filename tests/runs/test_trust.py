@@ -9,7 +9,7 @@ import yaml
 
 from denoiselab.runs import trust
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.trust import FUNCTIONS, check_targets, resolve
+from denoiselab.runs.trust import FUNCTIONS, check_plain, check_targets, resolve
 
 HERE = __name__
 CONF = Path(__file__).parents[2] / "conf"
@@ -60,7 +60,6 @@ def test_all_that_the_yaml_files_of_a_run_name_is_admitted():
     [
         "torch.optim.SGD",
         "torch.optim.lr_scheduler.StepLR",
-        "torch.nn.Linear",
         "torchmetrics.classification.BinaryAccuracy",
         "torchmetrics.MeanMetric",
         "lightning.pytorch.callbacks.EarlyStopping",
@@ -79,7 +78,9 @@ REFUSED = [
     "builtins.eval",
     "torch.load",
     "torch.hub.load",
-    "torch.nn.functional.relu",  # a function
+    "torch.nn.Linear",  # of any size
+    "torch.nn.Transformer",
+    "torch.nn.functional.relu",
     "torch.nn.parallel.DistributedDataParallel",
     "torch.nn.init.torch.load",
     "torch.optim.AdamW.step",
@@ -185,6 +186,14 @@ def test_users_add_their_own_packages():
             check_targets({"group": {"_target_": target}}, [HERE])
 
 
+def test_layers_of_torch_come_in_by_name():
+    check_targets({"group": {"_target_": "torch.nn.Linear"}}, ["torch.nn"])
+
+
+def test_a_config_of_which_nothing_is_built_may_name_anything():
+    check_plain({"group": {"_target_": "somebody.Else", "_partial_": True, "x": [1, None, "y"]}})
+
+
 def test_a_file_cannot_trust_by_itself():
     with pytest.raises(ConfigError, match="not trusted"):
         check_targets({"trust": ["os", HERE], "group": {"_target_": f"{HERE}.Mine"}}, [])
@@ -225,15 +234,20 @@ class Text(str):
         ({"_recursive_": False}, "_recursive_: is not allowed"),
         ({"_convert_": "object"}, "_convert_: is not allowed"),
         ({"_target_": "torch.optim.Adam", "_partial_": "yes"}, "_partial_: must be true or false"),
-        ([0] * (trust.MOST + 1), "holds too much"),
+        ([0] * (trust.LONGEST_LIST + 1), "must hold at most"),
+        ({f"x{i}": 0 for i in range(trust.LONGEST_LIST + 1)}, "must hold at most"),
+        ([[0] * trust.LONGEST_LIST] * (trust.MOST // trust.LONGEST_LIST + 1), "holds too much"),
     ],
     ids=lambda v: str(v)[:30] if not isinstance(v, int | dict) else type(v).__name__,
 )
 def test_what_is_no_plain_config(value, problem):
-    with pytest.raises(ConfigError, match=rf"group.path.*{problem}") as caught:
-        check_targets({"group": {"path": value}}, [])
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400
+    for check in (lambda config: check_targets(config, []), check_plain):
+        if "_partial_" in problem and check is check_plain:
+            continue
+        with pytest.raises(ConfigError, match=rf"group.path.*{problem}") as caught:
+            check({"group": {"path": value}})
+        assert "\n" not in str(caught.value)
+        assert len(str(caught.value)) < 400
 
 
 def test_deep_circular_and_unfolding_configs():

@@ -138,7 +138,11 @@ def test_a_crash_between_the_note_and_the_best_is_mended(tmp_path, monkeypatch):
         b'{"step": 99, "metric": "val", "value": 0.1, "mode": "min"}',
         b'{"step": "../x", "metric": "val", "value": 0.1, "mode": "min"}',
         b'{"step": 2, "metric": "val", "value": NaN, "mode": "min"}',
+        b'{"step": Infinity, "metric": "val", "value": 0.1, "mode": "min"}',
+        b'{"step": 2, "metric": "val", "value": 1' + b"0" * 400 + b', "mode": "min"}',
         b'{"step": 2, "metric": "val", "value": 0.1, "mode": "max"}',
+        b'{"step": 2, "metric": "' + b"\\n" * 10_000 + b'", "value": 0.1, "mode": "max"}',
+        b"[" * 100_000,
         b'{"step": 2, "metric": "other", "value": 0.1, "mode": "min"}',
     ],
 )
@@ -149,6 +153,8 @@ def test_a_note_that_does_not_fit_begins_the_best_anew(tmp_path, caplog, note):
     trainer = start(tmp_path)
     assert len(caplog.messages) == 1
     assert caplog.messages[0].startswith(str(tmp_path / FOLDER / BEST_NOTE))
+    assert "\n" not in caplog.messages[0]
+    assert len(caplog.messages[0]) < 1000
     trainer.step(3)
     assert best_of(tmp_path) == 3
 

@@ -29,6 +29,7 @@ from denoiselab.training.checkpoint import (
 )
 from denoiselab.training.checkpoint_io import write_checkpoint
 from denoiselab.training.ema import EMA
+from denoiselab.training.pickles import flaw_of_pickle
 from denoiselab.training.saving import Checkpoints
 
 
@@ -208,6 +209,7 @@ def test_a_key_that_is_missing_or_of_another_type(tmp_path, key, value):
         ("state_dict", {1: torch.zeros(1)}, "state_dict"),
         ("ema", {"slow": {"w": "1"}}, "slow"),
         ("ema", {"slow": torch.zeros(1)}, "slow"),
+        ("ema", {3: {}}, "3"),
     ],
 )
 def test_weights_that_are_no_tensors(tmp_path, key, value, named):
@@ -217,10 +219,112 @@ def test_weights_that_are_no_tensors(tmp_path, key, value, named):
 
 
 @pytest.mark.parametrize("key", ["global_step", "ema_updates"])
-def test_counts_below_zero(tmp_path, key):
+@pytest.mark.parametrize(("value", "said"), [(-1, "-1"), (2**63, "of type int"), (10**600, "of type int")])
+def test_counts_that_are_none(tmp_path, key, value, said):
     path = tmp_path / "a.ckpt"
-    torch.save(content_of(1) | {key: -1}, path)
-    assert f": {key} is -1" in refusal(path)
+    torch.save(content_of(1) | {key: value}, path)
+    assert f": {key} is {said};" in refusal(path)
+
+
+@pytest.mark.parametrize("levels", [5, 30])
+def test_a_layout_that_would_be_a_long_text(tmp_path, levels):
+    path, unfolding = tmp_path / "a.ckpt", ["x"] * 10
+    for _ in range(levels):
+        unfolding = [unfolding] * 10
+    torch.save(content_of(1) | {"schema": unfolding}, path)
+    assert len(refusal(path)) < 400
+
+
+def test_plain_data_of_all_kinds_is_read(tmp_path):
+    kinds = (
+        torch.float64,
+        torch.float16,
+        torch.bfloat16,
+        torch.complex64,
+        torch.int64,
+        torch.int16,
+        torch.uint8,
+        torch.bool,
+    )
+    tensors = [torch.zeros(3, dtype=kind) for kind in kinds]
+    content = {
+        "tensors": [
+            *tensors,
+            torch.zeros(0),
+            torch.zeros(()),
+            torch.zeros(9, 9)[3:5, ::2],
+            torch.nn.Parameter(torch.zeros(2)),
+        ],
+        "others": [
+            torch.Size([1, 2]),
+            torch.float32,
+            torch.device("cpu"),
+            {1, "b"},
+            b"x",
+            2**70,
+            -1,
+            0.5,
+            None,
+            True,
+            "é" * 300,
+        ],
+        "shared": [tensors] * 3,
+    }
+    content["circle"] = content
+    torch.save(content, tmp_path / "a.ckpt")
+    assert verify(tmp_path / "a.ckpt") is None
+
+
+def test_a_network_of_many_tensors_is_no_bomb(tmp_path):
+    weights = {f"layer.{i}": torch.zeros(1) for i in range(3000)}
+    optimizer = {"state": {i: {"step": w, "exp_avg": w, "exp_avg_sq": w} for i, w in enumerate(weights.values())}}
+    torch.save(
+        {"state_dict": weights, "ema": {"a": weights, "b": weights}, "optimizer": [optimizer]}, tmp_path / "a.ckpt"
+    )
+    assert verify(tmp_path / "a.ckpt") is None
+
+
+def nested(levels, made):
+    """Ten times what is ten times what is..., as a pickle; `made` of the last."""
+    pickled = b"\x80\x02(" + b"(" + b"K\x01" * 10 + b"tr\0\0\0\0"
+    for i in range(levels):
+        pickled += b"(" + (b"j" + i.to_bytes(4, "little")) * 10 + b"tr" + (i + 1).to_bytes(4, "little")
+    return pickled + made(b"j" + levels.to_bytes(4, "little")) + b"."
+
+
+LATE = b"]r\xff\0\0\0\x85r\xfe\0\0\0j\xff\0\0\0(" + b"K\x01" * 2000 + b"e"  # filled after a tuple was made of it
+
+
+@pytest.mark.parametrize(
+    ("pickled", "flaw"),
+    [
+        (nested(30, lambda last: b"}" + last + b"K\x01s"), "something in it is made of more than 1000 parts"),
+        (nested(2, lambda last: b"}(" + last + b"K\x01u"), "something in it is made of more than 1000 parts"),
+        (nested(1, lambda last: b"}(" + last + b"K\x01u"), None),
+        (b"\x80\x02" + LATE + b"cbuiltins\nset\nj\xfe\0\0\0R.", "something in it is made of more than 1000 parts"),
+        (b"\x80\x02]]r\0\0\0\0(" + b"h\0" * 9 + b"ee.", LookupError),
+        (b"\x80\x02(" + b"K\x01s.", LookupError),
+        (b"\x80\x02e.", LookupError),
+        (b"\x80\x02(e.", LookupError),
+        (b"\x80\x02((K\x01e.", "it fills nothing"),
+        (b"\x80\x02K\x01Q.", "it names a storage in another way than torch"),
+        (b"\x80\x02(K\x01K\x01K\x01K\x01K\x01tQ.", "it names a storage in another way than torch"),
+        (b"\x80\x02K\x01K\x020.", "it uses POP"),
+    ],
+)
+def test_pickles(pickled, flaw):
+    if flaw is LookupError:
+        with pytest.raises(LookupError):
+            flaw_of_pickle(pickled, {})
+    else:
+        assert flaw_of_pickle(pickled, {}) == flaw
+
+
+def test_lists_that_unfold_without_end():
+    pickled = b"\x80\x02](" + b"K\x01" * 10 + b"er\0\0\0\0"
+    for i in range(30):
+        pickled += b"](" + (b"j" + i.to_bytes(4, "little")) * 10 + b"er" + (i + 1).to_bytes(4, "little")
+    assert flaw_of_pickle(pickled + b".", {}) == "it unfolds to more than 10,000,000 parts"
 
 
 def rezipped(path, change):
@@ -257,6 +361,27 @@ def renamed(name):
     return change
 
 
+def other_case(archive, entry, content):
+    unchanged(archive, entry, content)
+    if entry.filename.endswith("/data.pkl"):
+        unchanged(archive, zipfile.ZipInfo(entry.filename.upper()), content)
+
+
+def hidden_code(archive, entry, content):
+    pickled = entry.filename.endswith("/data.pkl")
+    evil = b"\x80\x02cos\nsystem\n(X\x04\0\0\0truetR."
+    name = entry.filename.replace("/data.pkl", "/data.PKL")
+    unchanged(archive, zipfile.ZipInfo(name), evil if pickled else content)
+
+
+def shorter(archive, entry, content):
+    unchanged(archive, entry, content[:-4] if "/data/" in entry.filename else content)
+
+
+def longer(archive, entry, content):
+    unchanged(archive, entry, content + b"\0" * 4 if "/data/" in entry.filename else content)
+
+
 def folder(archive, entry, content):
     unchanged(archive, entry, content)
     archive.getinfo(entry.filename).external_attr = 16 if entry.filename.endswith("data/0") else 0
@@ -284,6 +409,10 @@ def overlapping(archive, entry, content):
         (folder, "'archive/data/0' is no file"),
         (renamed("archive/data.pkl"), "two entries of one name"),
         (overlapping, "its entries are larger than the file"),
+        (other_case, "two entries of one name"),
+        (hidden_code, "it names 'os.system'"),
+        (shorter, "a tensor's numbers are 3996 bytes in it, not 4000"),
+        (longer, "a tensor's numbers are 4004 bytes in it, not 4000"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -293,6 +422,12 @@ def test_archives_that_torch_did_not_write(tmp_path, change, reason):
     assert reason in refusal(path)
     assert refusal(path) == f"checkpoint={path}: {verify(path)}"
     assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_others_read_in_another_way(tmp_path):
+    path = rezipped(tmp_path / "a.ckpt", renamed("archive/seen!hidden"))
+    path.write_bytes(path.read_bytes().replace(b"seen!hidden", b"seen\0hidden"))  # zipfile reads as far as the zero
+    assert "'archive/seen' is an unsafe name" in refusal(path)
 
 
 def test_a_changed_tensor_is_found_by_its_checksum(tmp_path):

@@ -223,3 +223,9 @@ def test_bad_half_lives_and_ramp_ups():
         half_life_ema(half_lives={"ema": 0}, batch_size=512)
     with pytest.raises(ValueError, match=r"^ramp_up=0.0: must be positive, or null$"):
         EMA(decays={"ema": 0.5}, ramp_up=0.0)
+
+
+def test_averages_are_few():
+    EMA(decays={f"a{i}": 0.9 for i in range(64)})
+    with pytest.raises(ValueError, match="decays: must be at most 64 averages, not 65"):
+        EMA(decays={f"a{i}": 0.9 for i in range(65)})

@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import re
 
 import pytest
 
+from denoiselab.runs.errors import ConfigError
 from denoiselab.training import history
 from denoiselab.training.history import METRICS, NUMBERS, TRACE, CSVLogger, append_rows, read_numbers, read_rows, rewind
 
 
 def number(step, value=1.0):
-    return {"name": "fd", "value": value, "protocol": {"step": step}}
+    return {"name": "fd", "value": value, "floor": None, "protocol": {"step": step}}
 
 
 def test_metrics_csv_is_whole_after_every_row(tmp_path):
@@ -110,3 +113,64 @@ def test_numbers_that_are_none_survive(tmp_path):
     (tmp_path / NUMBERS).write_text(f"{json.dumps(number(1, math.nan))}\nnot json\n{json.dumps([1])}\n")
     (only,) = read_numbers(tmp_path / NUMBERS)
     assert math.isnan(only["value"])
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["²,0.5", "１,0.5", "-1,0.5", f"{'1' * 5000},0.5", "2,zz", "2,0.5,3", "2", "2,\x1b[2J"],
+    ids=["power", "wide", "negative", "long", "word", "more", "less", "escape"],
+)
+def test_rows_that_no_run_has_written_are_dropped(tmp_path, row):
+    (tmp_path / METRICS).write_text(f"step,a\n1,0.5\n{row}\n3,\n")
+    assert read_rows(tmp_path / METRICS) == [{"step": "1", "a": "0.5"}, {"step": "3", "a": ""}]
+    rewind(tmp_path, 2)
+    assert (tmp_path / METRICS).read_text() == "step,a\n1,0.5\n"
+
+
+@pytest.mark.parametrize("text", [f"1,{'9' * 200_000}\n", '1,"\n' + "9\n" * 100_000], ids=["long", "open"])
+def test_a_field_without_end_is_said(tmp_path, text):
+    (tmp_path / METRICS).write_text(f"step,a\n{text}")
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / METRICS}: is damaged (field larger than")):
+        read_rows(tmp_path / METRICS)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"protocol": null}',
+        json.dumps(number(1) | {"protocol": {"step": "x"}}),
+        json.dumps(number(1) | {"protocol": {"step": 1, "weights": ["ema"]}}),
+        json.dumps(number(1) | {"protocol": {}}),
+        json.dumps(number(1) | {"value": "1"}),
+        "[" * 100_000,
+    ],
+    ids=["null", "step", "weights", "none", "value", "deep"],
+)
+def test_lines_that_no_run_has_written_are_dropped(tmp_path, line):
+    (tmp_path / NUMBERS).write_text(f"{line}\n{json.dumps(number(2))}\n")
+    assert read_numbers(tmp_path / NUMBERS) == [number(2)]
+    rewind(tmp_path, 1)
+    assert (tmp_path / NUMBERS).read_text() == ""
+
+
+@pytest.mark.parametrize("name", [METRICS, TRACE, NUMBERS])
+def test_a_pipe_is_not_waited_for(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / name}: cannot be read (is no regular file)")):
+        rewind(tmp_path, 1)
+
+
+def test_rewinding_and_writing_stay_in_the_folder(tmp_path):
+    run, outside = tmp_path / "run", tmp_path / "outside"
+    run.mkdir()
+    outside.mkdir()
+    (outside / "step_0000009_ema.png").touch()
+    (run / "samples").symlink_to(outside)
+    (outside / TRACE).write_text("step,loss\n1,0.5\n9,0.5\n")
+    (run / TRACE).symlink_to(outside / TRACE)
+    with pytest.raises(OSError, match="is a link"):
+        append_rows(run / TRACE, [{"step": 10, "loss": "0.5"}])
+    rewind(run, 1)
+    assert read_rows(run / TRACE) == [{"step": "1", "loss": "0.5"}]
+    assert sorted(path.name for path in outside.iterdir()) == ["step_0000009_ema.png", TRACE]
+    assert (outside / TRACE).read_text() == "step,loss\n1,0.5\n9,0.5\n"

@@ -35,7 +35,7 @@ class Rows(CSVLogger):
 def monitored(every=1, folder=None):
     """A monitor between fake batches, without a training loop."""
     monitor, module = TrainingMonitor(every=every), tiny_module()
-    logger = SimpleNamespace(rows=[], log_metrics=lambda row, step: logger.rows.append(row))
+    logger = SimpleNamespace(rows=[], save_dir=None, log_metrics=lambda row, step: logger.rows.append(row))
     trainer = SimpleNamespace(
         global_step=0,
         accumulate_grad_batches=1,

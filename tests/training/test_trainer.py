@@ -145,3 +145,8 @@ def test_a_machine_without_proc_counts_its_cores(machine, monkeypatch):
     monkeypatch.setattr("denoiselab.training.trainer._idle", no_proc)
     monkeypatch.setattr("os.cpu_count", lambda: 6)
     assert free_cores(cgroup=machine.cgroup) == 6
+
+
+def test_no_machine_has_so_many_processes():
+    with pytest.raises(ValueError, match="devices=1000000: this machine has"):
+        TrainerSettings(accelerator="cpu", devices=10**6, max_steps=1, val_every=1)

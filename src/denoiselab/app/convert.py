@@ -31,6 +31,7 @@ from denoiselab.runs.folder import (
     COMMAND,
     CONFIG,
     VERSIONS,
+    check_own,
     command_line,
     make_run_folder,
     prepare_folder,
@@ -241,6 +242,7 @@ def _output(options: dict[str, Any], model: Model, to: str) -> Path:
         return _free(output)
     if model.folder is None:
         raise ConfigError(f"output=null: must be given for to={to} of a source")
+    check_own(model.folder, "exports")
     return _free(model.folder / "exports" / f"{'pipeline' if to == 'diffusers' else 'denoiser'}{ENDINGS[to]}")
 
 

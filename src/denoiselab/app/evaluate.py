@@ -28,7 +28,7 @@ from denoiselab.evaluation.pictures import image_grid, stored_images, stored_pro
 from denoiselab.evaluation.records import sampling_protocol
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import prepare_folder, write_json
+from denoiselab.runs.folder import check_own, prepare_folder, write_json
 from denoiselab.runs.launch import launched_from_outside
 
 SHARED = (
@@ -152,6 +152,7 @@ def _evaluate_run(options: dict[str, Any]) -> None:
     options = options | {"run": None, "checkpoint": str(trained.checkpoint)}  # the newest one may be another, later
     parts, metrics = trained.parts, trained.parts.metrics
     folder = run_folder(trained.checkpoint) / "evaluations"
+    check_own(folder.parent, folder.name)
     _prepare(Path(options["output"]).parent if options["output"] else folder)
     protocol = _protocol(trained)
     wanted: dict[str, Any] = {name: extractor.hash for name, extractor in metrics.extractors.items()}

@@ -31,7 +31,7 @@ from denoiselab.reports.console import print_results
 from denoiselab.reports.frontier import Frontier, Skipped, higher_is_better
 from denoiselab.reports.frontier_pages import FIGURE, print_frontier, records, write_frontier
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import prepare_folder
+from denoiselab.runs.folder import check_own, prepare_folder
 from denoiselab.training.logs import start_wandb
 from denoiselab.training.trainer import free_cores
 
@@ -72,6 +72,8 @@ def frontier(options: dict[str, Any], choices: dict[str, str], overrides: list[s
     shared = shared_by_all(trained, options["batch_size"])
     run = run_folder(trained.checkpoint).resolve()
     folder = Path(options["output"]) if options["output"] else run / "frontier" / key_of(shared)
+    if not options["output"]:
+        check_own(run, "frontier")
     lines = read_lines(folder)
     torch.set_num_threads(options["threads"] or (lines[0]["shared"].get("threads") if lines else None) or free_cores())
     shared |= {"device": device_name(trained.device), "threads": torch.get_num_threads()}

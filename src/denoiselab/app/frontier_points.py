@@ -28,6 +28,7 @@ from denoiselab.evaluation.metrics import MIN_COUNT
 from denoiselab.evaluation.records import Number, count_name, sampling_protocol
 from denoiselab.reports.frontier import Point, Skipped, higher_is_better, rungs, survivors
 from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.folder import from_json, open_own, read_small
 
 POINTS = "points.jsonl"
 NOT_OF_A_NUMBER = ("counts", "every", "every_counts", "weights", "bits_per_dim")  # in the config of the metrics
@@ -105,12 +106,13 @@ def device_name(device: torch.device) -> str:
 def read_lines(folder: Path) -> list[Line]:
     """The whole lines of points.jsonl; one that an interruption has torn is as if it were not there."""
     file, lines = folder / POINTS, []
-    content = file.read_bytes() if file.is_file() else b""
+    content = read_small(file) if file.is_file() else b""
     for text in content[: _whole(content)].splitlines():
         try:
-            line = json.loads(text)
+            line = from_json(text)
             line["numbers"] = [Number.from_dict(number) for number in line["numbers"]]
-            if {"key", "count", "nfe", "seconds", "shared"} <= set(line):
+            whole = {"key", "count", "nfe", "seconds", "shared"} <= set(line) and isinstance(line["shared"], dict)
+            if whole and isinstance(line["key"], str) and isinstance(line["count"], int):
                 lines.append(line)
         except (ValueError, TypeError, KeyError):
             continue
@@ -188,7 +190,7 @@ class Bench:
         file = self.folder / POINTS
         if file.is_file():
             os.truncate(file, _whole(file.read_bytes()))
-        with file.open("a") as stream:
+        with open_own(file, "a") as stream:
             plain = line | {"numbers": [number.to_dict() for number in line["numbers"]]}
             stream.write(json.dumps(plain) + "\n")
             stream.flush()

@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import Logger
 
 from denoiselab.app.build import Training, make_module
 from denoiselab.app.nodes import Parts, make_network
+from denoiselab.app.resumable import check_run
 from denoiselab.app.resume import Start, find_start
 from denoiselab.app.weights import fit
 from denoiselab.runs.changes import check_changes
@@ -29,6 +30,7 @@ from denoiselab.runs.folder import (
     STARTS,
     SUMMARY,
     VERSIONS,
+    check_own,
     command_line,
     held,
     make_folder,
@@ -37,6 +39,7 @@ from denoiselab.runs.folder import (
     write_json,
 )
 from denoiselab.runs.secrets import redact
+from denoiselab.runs.trust import check_plain
 from denoiselab.training.checkpoint import FOLDER, load_checkpoint, network_weights, step_name
 from denoiselab.training.checkpoint_io import link_atomically, load_run
 from denoiselab.training.history import append_text, rewind
@@ -83,10 +86,11 @@ def open_job(
     """
     start = find_start(config)
     if start.exists and start.folder is not None:
+        check_own(start.folder)
         lock.enter_context(held(start.folder))
         start = find_start(config)  # another process may have gone on with it until now
     data = {split: parts.data.fingerprint(split) for split in ("train", "test")}
-    changes = check_resumed(start.checkpoint, config, data) if start.checkpoint else []
+    changes = check_resumed(start.checkpoint, parts, training, config, data) if start.checkpoint else []
     parameters = sum(p.numel() for p in make_network(config, device="meta").parameters())
     files = sum(c.most_files for c in training.callbacks.values() if isinstance(c, Checkpoints))
     needed = files * checkpoint_bytes(parameters, len(training.ema.decays))
@@ -112,28 +116,36 @@ def open_job(
     )
 
 
-def check_resumed(checkpoint: Path, config: dict[str, Any], data: dict[str, str]) -> list[str]:
+def check_resumed(
+    checkpoint: Path, parts: Parts, training: Training, config: dict[str, Any], data: dict[str, str]
+) -> list[str]:
     """See to it that a run can go on from a checkpoint under a config; the differences that are harmless or allowed.
 
     Args:
         checkpoint: a whole one.
+        parts: of the run that goes on.
+        training: of the run that goes on.
         config: to go on with.
         data: fingerprints of both splits now.
 
     Raises:
-        ConfigError: if the network, the data or the meaning of the run has changed.
+        ConfigError: if the network, the data or the meaning of the run has changed, or the checkpoint is no run's.
     """
     try:
         loaded = load_run(checkpoint)
+        check_plain(loaded["config"])
     except ValueError as error:
         raise ConfigError(f"resume={checkpoint}: {str(error).removeprefix(f'checkpoint={checkpoint}: ')}") from error
     changes = check_changes(loaded["config"], config, config["allow"])
-    misfits = fit(network_weights(loaded, "raw"), make_network(config, device="meta"))
+    module = make_module(config, parts, training, make_network(config, device="meta"), data)
+    misfits = fit(network_weights(loaded, "raw"), module.network)
     if misfits:
         raise ConfigError(f"resume={checkpoint}: the network differs: {misfits}")
+    check_run(loaded, module, training.callbacks.values(), f"resume={checkpoint}")
     recorded = loaded.get("data")
     for split, now in data.items():
-        then = str(recorded.get(split)) if isinstance(recorded, dict) else "unknown"
+        then = recorded.get(split) if isinstance(recorded, dict) else None
+        then = then if isinstance(then, str) else "unknown"
         if now != then and "data" not in config["allow"]:
             raise ConfigError(
                 f"datamodule: the {split} data is not what the run has trained with (fingerprint {now[:8]}, then {then[:8]}); "

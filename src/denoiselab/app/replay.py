@@ -6,7 +6,6 @@ last bit, and on another one equal to rounding. What was changed since, in the d
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Sequence
@@ -16,14 +15,16 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from denoiselab.app.build import TRAIN_KEYS, Training, make_training
+from denoiselab.app.build import TRAIN_KEYS, Training, make_module, make_training
 from denoiselab.app.job import Job, first_step, set_up
-from denoiselab.app.nodes import Parts, check_keys
+from denoiselab.app.nodes import Parts, check_keys, make_network
+from denoiselab.app.resumable import check_run
 from denoiselab.app.train import start_logging
+from denoiselab.app.trained import without_consent
 from denoiselab.reports.console import print_results
 from denoiselab.runs.changes import differences
 from denoiselab.runs.errors import ConfigError, RankError
-from denoiselab.runs.folder import CONFIG, STARTS, newest_run, versions
+from denoiselab.runs.folder import CONFIG, STARTS, from_json, newest_run, read_json, read_small, versions
 from denoiselab.runs.launch import launch, launched_from_outside
 from denoiselab.runs.trust import check_targets
 from denoiselab.training.checkpoint import (
@@ -36,6 +37,7 @@ from denoiselab.training.checkpoint import (
     step_of,
 )
 from denoiselab.training.checkpoint import verify as flaw_of
+from denoiselab.training.checkpoint_io import load_run
 from denoiselab.training.ema import RAW
 from denoiselab.training.history import TRACE, read_rows
 
@@ -48,6 +50,7 @@ REPLAY_KEYS: dict[str, Any] = {
     "trust": list[str],
 }
 SHAPE = ("accelerator", "devices", "num_nodes", "threads")  # what another trainer may change
+COLUMNS = ("loss", "grad_norm", "samples")  # of the trace, that are compared
 SILENT = {"_target_": "denoiselab.training.logs.no_logger", "_partial_": True}
 
 
@@ -77,6 +80,8 @@ def replay(options: dict[str, Any], choices: dict[str, str], overrides: list[str
     recorded = read_rows(folder / TRACE)
     if not recorded:
         raise ConfigError(f"run={folder}: has no {TRACE}; there is nothing to compare with")
+    if missing := [column for column in COLUMNS if column not in recorded[0]]:
+        raise ConfigError(f"run={folder}: its {TRACE} has no column {missing[0]}; there is nothing to compare with")
     begin = _begin(folder, options["checkpoint"])
     first, last, before = first_step(begin), int(recorded[-1]["step"]), int(recorded[0]["step"]) - 1
     if first < before:
@@ -90,7 +95,7 @@ def replay(options: dict[str, Any], choices: dict[str, str], overrides: list[str
         raise ConfigError(f"checkpoint={begin}: the run has recorded {last} steps, so none is left to make again")
 
     check_targets(config, options["trust"])
-    config = _to_replay(config, options.get("trainer"), last) | {"trust": options["trust"]}
+    config = _to_replay(without_consent(config), options.get("trainer"), last) | {"trust": options["trust"]}
     parts, training = make_training(config)
     try:
         data = {split: parts.data.fingerprint(split) for split in ("train", "test")}
@@ -102,6 +107,9 @@ def replay(options: dict[str, Any], choices: dict[str, str], overrides: list[str
             raise ConfigError(
                 f"datamodule: the {split} data has changed since (fingerprint {now[:8]}, then {then[:8]}); nothing was trained"
             )
+    if begin is not None:
+        module = make_module(config, parts, training, make_network(config, device="meta"), data)
+        check_run(_loaded(begin), module, training.callbacks.values(), f"checkpoint={begin}")
     changed = differences(_versions(started), _versions(versions()))
     environment = [f"{key} {then} → {now}" for key, (then, now) in changed.items()]
     console = Console()
@@ -134,17 +142,30 @@ def replay(options: dict[str, Any], choices: dict[str, str], overrides: list[str
 def _recorded(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config of a run, and how it was last started."""
     try:
-        config = json.loads((folder / CONFIG).read_text())
-        started = json.loads((folder / STARTS).read_text().splitlines()[-1])
-        if not isinstance(config, dict) or not isinstance(started["data"], dict):
+        config = read_json(folder / CONFIG)
+        started = from_json(read_small(folder / STARTS).splitlines()[-1])
+        if not isinstance(config, dict) or not _is_start(started):
             raise ValueError
     except FileNotFoundError as error:
         raise ConfigError(
             f"run={folder}: has no {Path(str(error.filename)).name}; it is no run that can be replayed"
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, IndexError) as error:
         raise ConfigError(f"run={folder}: its {CONFIG} or {STARTS} cannot be read") from error
     return config, started
+
+
+def _is_start(started: Any) -> bool:
+    """Whether a line of starts.jsonl says what data a run was started with, and in what environment."""
+    if not isinstance(started, dict) or not isinstance(started.get("data"), dict):
+        return False
+    git = started.get("git") or {}
+    return (
+        all(isinstance(started["data"].get(split), str) for split in ("train", "test"))
+        and isinstance(started.get("packages", {}), dict)
+        and isinstance(git, dict)
+        and isinstance(git.get("changed_files") or [], list)
+    )
 
 
 def _begin(folder: Path, checkpoint: str | None) -> Path | None:
@@ -157,6 +178,13 @@ def _begin(folder: Path, checkpoint: str | None) -> Path | None:
     if flaw:
         raise ConfigError(f"checkpoint={checkpoint}: {flaw}")
     return path
+
+
+def _loaded(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return load_run(checkpoint)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _to_replay(config: dict[str, Any], trainer: dict[str, Any] | None, last: int) -> dict[str, Any]:
@@ -263,6 +291,6 @@ def _gap(then: str, now: str) -> float:
     """The relative difference of two numbers; infinite if only one of them is a number."""
     if then == now:
         return 0.0
-    a, b = float(then), float(now)
-    gap = abs(a - b) / max(abs(a), abs(b))
+    a, b = (float(text or "nan") for text in (then, now))
+    gap = abs(a - b) / (max(abs(a), abs(b)) or 1)
     return gap if math.isfinite(gap) else math.inf

@@ -6,7 +6,6 @@ be started with the same line again and again. What the run was started with sta
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from denoiselab.app.compose import config_folder
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import COMMAND, CONFIG, LOCK, STARTS, VERSIONS, WRITING
+from denoiselab.runs.folder import COMMAND, CONFIG, LOCK, STARTS, VERSIONS, WRITING, from_json, read_json, read_small
 
 OF_THE_COMMAND = ("run", "resume", "allow", "trust")  # what a folder has no say in
 LONGEST = 20_000  # characters of an override
@@ -45,10 +44,10 @@ def restore_overrides(arguments: list[str]) -> list[str]:
     source = Path(typed["run"]) if resume == "auto" and typed.get("run") else Path(resume)
     folder = source.resolve().parents[1] if source.is_file() else source
     try:
-        stored = json.loads((folder / COMMAND).read_text())["overrides"]
-    except FileNotFoundError:
+        stored = read_json(folder / COMMAND)["overrides"]
+    except (FileNotFoundError, NotADirectoryError):
         return arguments
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ConfigError, TypeError, KeyError) as error:
         raise ConfigError(f"run={folder}: its {COMMAND} cannot be read") from error
     odd = [o for o in stored if not _is_plain(o)] if isinstance(stored, list) else [stored]
     if odd:
@@ -175,12 +174,12 @@ def _saved_before(folder: Path) -> int:
 
     last = max((int(row["step"]) for row in read_rows(folder / TRACE)), default=0)
     try:
-        starts = [json.loads(line)["step"] for line in (folder / STARTS).read_text().splitlines()]
-        callbacks = json.loads((folder / CONFIG).read_text())["callbacks"].values()
+        starts = [from_json(line)["step"] for line in read_small(folder / STARTS).splitlines()]
+        callbacks = read_json(folder / CONFIG)["callbacks"].values()
         every = [c["every"] for c in callbacks if c and c["_target_"].endswith(".Checkpoints")]
         saved = any(starts) or (folder / FOLDER / BEST_NOTE).exists() or any(last >= 2 * n for n in every)
         return max(last, *starts, 1) if saved else 0
     except FileNotFoundError:
         return 0
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError):  # what is not as we write it
         return last

@@ -29,7 +29,7 @@ from denoiselab.evaluation.writing import (
 )
 from denoiselab.reports.console import print_results, progress, sampler_line
 from denoiselab.runs.errors import ConfigError, RankError
-from denoiselab.runs.folder import prepare_folder, write_json
+from denoiselab.runs.folder import check_own, prepare_folder, write_json
 from denoiselab.runs.launch import launched_from_outside
 from denoiselab.training.checkpoint import FOLDER
 
@@ -168,8 +168,9 @@ def _output(options: dict[str, Any], devices: int) -> Path:
     """
     count = options["num_samples"]
     if options["output"] is None:
-        folder = run_folder(Path(options["checkpoint"])) / "samples"
-        output = folder / f"drawn_{count}_seed_{options['seed']}.png"
+        run = run_folder(Path(options["checkpoint"]))
+        check_own(run, "samples")
+        output = run / "samples" / f"drawn_{count}_seed_{options['seed']}.png"
     else:
         output = Path(options["output"])
     if output.suffix not in ("", ".npz", ".png"):

@@ -29,7 +29,7 @@ from denoiselab.app.trained import load_trained
 from denoiselab.reports.studies.page import PAGE, print_claims, write_page
 from denoiselab.reports.studies.study import Laboratory, Model, Study
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import CONFIG, SUMMARY, command_line, prepare_folder
+from denoiselab.runs.folder import CONFIG, SUMMARY, command_line, prepare_folder, read_json
 from denoiselab.training.trainer import free_cores
 
 STUDY_KEYS: dict[str, Any] = {
@@ -143,7 +143,9 @@ def _finished(root: Path, config: dict[str, Any]) -> Path | None:
     """A finished run of this config, wherever it was started."""
     wanted = json.loads(json.dumps(config | {"runs": None}))
     for path in sorted(root.glob(f"*/{SUMMARY}")):
-        given = json.loads((path.parent / CONFIG).read_text()) | {"runs": None}
-        if given == wanted and json.loads(path.read_text())["status"] == "finished":
+        given, summary = read_json(path.parent / CONFIG), read_json(path)
+        if not isinstance(given, dict) or not isinstance(summary, dict):
+            continue
+        if given | {"runs": None} == wanted and summary.get("status") == "finished":
             return path.parent
     return None

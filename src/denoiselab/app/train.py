@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import multiprocessing
@@ -10,7 +9,7 @@ import os
 import signal
 import time
 import warnings
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,11 @@ from denoiselab.app.job import Job, agree, open_job, set_up
 from denoiselab.app.nodes import Parts, make
 from denoiselab.app.processes import meet
 from denoiselab.app.resume import restored
+from denoiselab.app.trained import without_consent
 from denoiselab.evaluation.records import protocol_id
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
-from denoiselab.runs.folder import RUNNING, SUMMARY, write_json, writing
+from denoiselab.runs.folder import RUNNING, SUMMARY, open_own, read_json, write_json, writing
 from denoiselab.runs.launch import echoes_last, launch, launched_from_outside
 from denoiselab.runs.secrets import RedactingFormatter, redact_terminal
 from denoiselab.runs.signals import STOPPING, held_back
@@ -60,6 +60,7 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
     """
     if restored:  # part of this config comes from a file
         check_targets(config, config["trust"])
+        config = without_consent(config, [override for override in overrides if override not in restored])
     parts, training = make_training(config)
     if not parts.metrics.extractors and parts.metrics.bits_per_dim is not None:
         raise ConfigError(
@@ -101,14 +102,15 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
             if stopped:
                 raise Stopped(*stopped)
         except BaseException as error:
-            conclude(Path(job.folder), error)
+            if os.environ.get("RANK", "0") == "0":
+                conclude(Path(job.folder), error)
             raise
 
 
 def conclude(run_dir: Path, error: BaseException) -> None:
     """Have the summary say how the run ended, where no process was left to do so."""
-    with surviving(run_dir / SUMMARY):
-        if json.loads((run_dir / SUMMARY).read_text()) == RUNNING:
+    with surviving(run_dir / SUMMARY), suppress(ConfigError):  # a disk that is gone must not hide the first cause
+        if read_json(run_dir / SUMMARY) == RUNNING:
             status = error.status if isinstance(error, Stopped) else "failed"
             write_json(run_dir / SUMMARY, {"status": status, "error": str(error) or type(error).__name__})
 
@@ -271,7 +273,8 @@ def summarise(
 def start_logging(run_dir: Path) -> None:
     """Everything that is logged or warned goes to train.log; the terminal stays for what a person wants to see."""
     redact_terminal()
-    handler = logging.FileHandler(run_dir / "train.log")
+    handler = logging.FileHandler(run_dir / "train.log", delay=True)
+    handler.stream = open_own(run_dir / "train.log", "a")  # type: ignore[assignment]
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk costs lines of the log, no more
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

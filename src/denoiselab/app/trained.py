@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +14,7 @@ from torch import nn
 
 from denoiselab.app.build import make_parts
 from denoiselab.app.nodes import Parts, check_network, make_network
+from denoiselab.app.resume import key_of
 from denoiselab.app.weights import check_weights, find_checkpoint, read_checkpoint
 from denoiselab.diffusion.denoiser import NetworkDenoiser
 from denoiselab.runs.checks import check_types, show
@@ -91,7 +94,7 @@ def _config(
     for group in replace:
         if options.get(group) is not None and "_target_" not in options[group]:
             raise ConfigError(f"{group}: only a part of it is given; name the whole with {group}=<choice>")
-    config = _without_consent(config)
+    config = without_consent(config)
     config |= {group: options[group] for group in replace if options.get(group) is not None}
     if options["nfe"] is not None and options["steps"] is not None:
         raise ConfigError(f"nfe={options['nfe']}: give either nfe or steps (steps={options['steps']})")
@@ -106,12 +109,33 @@ def _config(
     return config
 
 
-def _without_consent(node: Any) -> Any:
-    """A config without what a file may not ask for by itself: to fetch data, and to take another program for CLIP's."""
-    if isinstance(node, dict):
-        inside = {key: _without_consent(value) for key, value in node.items()}
-        return inside | {key: False for key in ("download", "allow_other_weights") if inside.get(key) is True}
-    return [_without_consent(value) for value in node] if isinstance(node, list) else node
+def without_consent(node: Any, typed: Sequence[str] = (), path: str = "") -> Any:
+    """A config without what a file may not ask for by itself.
+
+    That is to fetch data, to take another program for CLIP's, and to occupy more of this machine than it has: processes and
+    threads are no more than its cores, which no number depends on.
+
+    Args:
+        node: config, plain data.
+        typed: overrides that somebody typed now, which stand as they are.
+        path: of the node, to know them by.
+    """
+    if isinstance(node, list):
+        return [without_consent(value, typed, path) for value in node]
+    if not isinstance(node, dict):
+        return node
+    cores, bounded = os.cpu_count() or 1, {}
+    for key, value in node.items():
+        where = f"{path}.{key}" if path else key
+        if any(key_of(override) == where for override in typed):
+            bounded[key] = value
+        elif key in ("download", "allow_other_weights") and value is True:
+            bounded[key] = False
+        elif key in ("num_workers", "threads") and type(value) is int:
+            bounded[key] = min(value, cores)
+        else:
+            bounded[key] = without_consent(value, typed, where)
+    return bounded
 
 
 def choose_device(name: str) -> torch.device:

@@ -87,7 +87,11 @@ def check_weights(state: dict[str, Tensor], network: nn.Module, misfit: str, sou
 
 def fit(state: dict[str, Tensor], network: nn.Module) -> str:
     """What keeps a state dict from fitting a network, in a few words; empty if it fits."""
-    wanted = network.state_dict(keep_vars=True)
+    return misfit(state, network.state_dict(keep_vars=True))
+
+
+def misfit(state: dict[str, Tensor], wanted: dict[str, Tensor]) -> str:
+    """What keeps tensors from a file from standing for those wanted, in a few words; empty if they can."""
     misfits = [f"{key} is missing" for key in wanted if key not in state]
     misfits += [f"{show(key)} is unknown" for key in state if key not in wanted]
     for key, there in ((key, state[key]) for key in wanted if key in state):

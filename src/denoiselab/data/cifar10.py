@@ -7,7 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -166,14 +166,45 @@ def _read(key: str, root: str, path: Path, reader: Callable[[Path], tuple[Tensor
     return images, labels
 
 
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles plain data and numpy's arrays; any other class or function, which could do anything, is refused."""
+class _Kind:
+    """Stands for numpy's dtype, whose state could turn bytes into pointers: here a plain type, whatever the state says."""
+
+    def __init__(self, code: str | bytes, *_: Any) -> None:
+        name = code.decode() if isinstance(code, bytes) else code
+        if name not in ("u1", "i1", "i2", "i4", "i8"):
+            raise pickle.UnpicklingError(f"it holds an array of {name}, not of uint8 or integers")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Array:
+    """Stands for numpy's array, and for the function that makes one: bytes of a `_Kind`, in as many numbers as there are."""
+
+    def __init__(self, *_: Any) -> None:
+        self.values = np.empty(0)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, data = state
+        if not isinstance(kind, _Kind) or not isinstance(data, bytes):
+            raise pickle.UnpicklingError("it holds an array that is not made of bytes")
+        self.values = np.frombuffer(data, kind.dtype).reshape(shape, order="F" if fortran else "C").copy()
+
+
+class _ArraysOnly(pickle._Unpickler):
+    """Unpickles plain data and numpy's arrays; any other class or function, which could do anything, is refused.
+
+    It is the one in Python, whose memo grows with what is put into it: the other makes room for the largest number named.
+    """
+
+    dispatch: ClassVar = {op: load for op, load in pickle._Unpickler.dispatch.items() if op != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return np.empty(0).__reduce__()[0]  # the same function, wherever this numpy keeps it
+            return _Array
         if module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
+            return _Array if name == "ndarray" else _Kind
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no batch of CIFAR-10 needs")
 
 
@@ -185,10 +216,19 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
     """
     with path.open("rb") as file:
         batch = _ArraysOnly(file, encoding="bytes").load()  # written by Python 2: text is bytes
-    pixels, labels = batch[b"data"], np.asarray(batch[b"labels"])
+    pixels, labels = (_values(batch[name]) for name in (b"data", b"labels"))
     if pixels.dtype != np.uint8 or labels.dtype.kind not in "iu":
         raise ValueError(f"its pixels are {pixels.dtype} and its labels {labels.dtype}, not uint8 and integers")
     return torch.from_numpy(pixels.reshape(-1, 3, 32, 32)), torch.from_numpy(labels.astype(np.int64))
+
+
+def _values(found: Any) -> np.ndarray:
+    """Of an array, or of a list of whole numbers: of lists in lists a short file could hold more than there is room for."""
+    if isinstance(found, _Array):
+        return found.values
+    if not isinstance(found, list) or not all(type(number) is int for number in found):
+        raise ValueError("it holds something else than lists of whole numbers and arrays")
+    return np.array(found)
 
 
 def read_zip(path: Path, *, labelled: bool) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 from typing import IO, Literal
@@ -9,13 +10,19 @@ from typing import IO, Literal
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 Crop = Literal["fit", "adm"]
 OnCorrupt = Literal["fail", "skip"]
 
 KINDS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # no other is opened: for some, Pillow starts a program
-MAX_PIXELS = 178_956_970  # width times height; above it Pillow too takes a picture for a decompression bomb
+MAX_PIXELS = 100_000_000  # width times height, far above what sets for training hold; one may take 12 bytes to decode
+MAX_RLE_PIXELS = 2**23  # of a BMP with run lengths, which Pillow decodes in Python
+MAX_SCANS = 100  # of a JPEG: each goes over all pixels, however few bytes it has; encoders make about 10
+_MARKER = re.compile(rb"\xff([\xc0-\xcf\xd9-\xfe])")  # of those that a segment of some length follows, and the end
 TURNS = {  # EXIF's orientations
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -93,12 +100,14 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     """16-bit grey in 8 bits; what is transparent is white."""
     tags = getattr(image, "tag_v2", {})  # of TIFF, which may fill fewer bits, and count from white
     full = 2 ** tags.get(258, (16,))[0] - 1
-    values = np.asarray(image).astype(np.float64)
+    levels = np.arange(full + 1)
     if tags.get(262) == 0:
-        values = full - values
+        levels = full - levels
     if isinstance(transparent := image.info.get("transparency"), int):
-        values[values == transparent] = full
-    return Image.fromarray(np.round(values * 255 / full).astype(np.uint8))
+        levels[transparent] = full
+    table = np.full(2**16, 255)  # what Pillow's lookup takes
+    table[: full + 1] = np.round(levels * 255 / full)
+    return image.convert("I").point(table.tolist(), "L")
 
 
 def fit(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -126,7 +135,7 @@ def adm_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
     width, height = (round(length * scale) for length in image.size)
-    _check_pixels(width, height, " when it is scaled")
+    _check_pixels(width, height, MAX_PIXELS, " when it is scaled")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2
     return image.crop((left, top, left + side, top + side))
@@ -181,15 +190,42 @@ def _load(file: IO[bytes]) -> Image.Image:
         if accepts is not None and accepts(start) is True:
             file.seek(0)
             image = reader(file, "")
-            _check_pixels(*image.size)
+            _check_costs(image, file)
             image.load()
             return image
     raise BrokenImageError(f"is no image ({', '.join(KINDS)})")
 
 
-def _check_pixels(width: int, height: int, when: str = "") -> None:
-    if width * height > MAX_PIXELS:
-        raise BrokenImageError(f"has {width}x{height} pixels{when}, more than {MAX_PIXELS:,}")
+def _check_costs(image: Image.Image, file: IO[bytes]) -> None:
+    """Refuse what would take memory or time out of all proportion.
+
+    Raises:
+        BrokenImageError: saying what there is too much of.
+    """
+    _check_pixels(*image.size, MAX_PIXELS)
+    if isinstance(image, BmpImageFile) and image.info.get("compression") in (1, 2):
+        _check_pixels(*image.size, MAX_RLE_PIXELS, " in run lengths")
+    if isinstance(image, TiffImageFile):  # a tile may be larger than the image
+        width, height = (int(image.tag_v2.get(tag, 0)) for tag in (322, 323))
+        _check_pixels(width, height, MAX_PIXELS, " in a tile")
+    if isinstance(image, JpegImageFile):
+        file.seek(0)
+        if _scans(file.read()) > MAX_SCANS:
+            raise BrokenImageError(f"has more than {MAX_SCANS} scans")
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG has, at most one more than `MAX_SCANS` of them; what follows its end does not count."""
+    scans, place = 0, 2
+    while scans <= MAX_SCANS and (marker := _MARKER.search(data, place)) is not None and marker[1] != b"\xd9":
+        scans += marker[1] == b"\xda"
+        place = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2])
+    return scans
+
+
+def _check_pixels(width: int, height: int, most: int, where: str = "") -> None:
+    if width * height > most:
+        raise BrokenImageError(f"has {width}x{height} pixels{where}, more than {most:,}")
 
 
 def _reason(error: Exception) -> str:

@@ -34,10 +34,19 @@ class File(NamedTuple):
 
 
 def list_images(root: Path, below: str) -> list[str]:
-    """The image files in the subfolder `below` of root, hidden ones left out: sorted, relative to root."""
-    names = []
+    """The image files in the subfolder `below` of root, hidden ones left out: sorted, relative to root.
+
+    Links to folders are followed, but no folder is gone into twice: a link may lead back to where it is.
+    """
+    names: list[str] = []
+    seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(root / below, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith(".")]
+        here = os.stat(parent)
+        if (here.st_dev, here.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((here.st_dev, here.st_ino))
+        folders[:] = sorted(f for f in folders if not f.startswith("."))  # in an order that is the same everywhere
         names += [
             (Path(parent) / f).relative_to(root).as_posix()
             for f in files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 import zipfile
 from collections.abc import Sequence
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from denoiselab.data.dataset import ImageDataset
+
+RATIO = 100  # to which an npz file may unpack; of images it is about 2, of masks some 10
+SLACK = 2**26  # bytes to which any file may unpack: labels that are all the same shrink to nothing
 
 
 class Layout(NamedTuple):
@@ -56,13 +60,33 @@ class StoredArray:
         return self._array
 
 
+def check_unpacked_size(path: Path) -> None:
+    """Refuse an npz file that is small and would unpack to very much.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: if it is such a file.
+        BadZipFile: if it is no ZIP file.
+    """
+    packed = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(info.file_size for info in archive.infolist())
+    if unpacked > max(SLACK, RATIO * packed):
+        raise ValueError(f"it has {packed:,} bytes and would unpack to {unpacked:,}")
+
+
 def _open(path: Path, member: str) -> np.ndarray:
+    check_unpacked_size(path)
     with zipfile.ZipFile(path) as archive, archive.open(member) as file:
         info = archive.getinfo(member)
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(file)
         length = file.tell()
+        if not dtype.hasobject and math.prod(shape) * dtype.itemsize != info.file_size - length:
+            raise ValueError(f"its {member} has not as many bytes as {dtype} {list(shape)} takes")
         if info.compress_type != zipfile.ZIP_STORED or fortran or dtype.hasobject:
             file.seek(0)
             return np.lib.format.read_array(file, allow_pickle=False)

@@ -190,7 +190,7 @@ class LearnedUncertainty(Weighting):
 
     Args:
         over: the weighting whose loss is divided.
-        channels: Fourier features, at least 1.
+        channels: Fourier features, from 1 to 65536.
 
     Source: Karras et al. 2024, eq. 21.
     """
@@ -200,8 +200,8 @@ class LearnedUncertainty(Weighting):
 
     def __init__(self, *, over: Weighting, channels: int = 128) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels={channels}: must be at least 1")
+        if not 1 <= channels <= 65536:
+            raise ValueError(f"channels={channels}: must be from 1 to 65536")
         self.over = over
         noise = NoiseSource(seed=0, index=torch.arange(channels))
         self.register_buffer("frequency", 2 * math.pi * noise.normal("fourier frequency", ()))

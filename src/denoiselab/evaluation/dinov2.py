@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -78,10 +79,7 @@ class DINOv2Extractor(Published):
     @cached_property
     def code_sha256(self) -> str:
         """SHA-256 (hex) over the names and SHA-256 of all Python files in the folder of the code."""
-        total = hashlib.sha256()
-        for name, path in sorted((path.relative_to(self.code).as_posix(), path) for path in self.code.rglob("*.py")):
-            total.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-        return total.hexdigest()
+        return _sha256(_python_files(self.code))
 
     def check_files(self) -> None:
         """See `Published.check_files`."""
@@ -91,19 +89,53 @@ class DINOv2Extractor(Published):
                 f"code={self.code}: holds no hubconf.py; denoiselab-prefetch fetches it, or fetch {DINOV2_CODE_URL} and "
                 "unpack it there, so that hubconf.py lies in that folder, or give the path of your copy"
             )
-        if self.code_sha256 != DINOV2_CODE_SHA256:
-            raise ValueError(f"code={self.code}: must be commit {DINOV2_COMMIT} of {DINOV2_CODE_URL}, unchanged")
+        _checked(self.code, self.code_sha256)
 
     def _load(self) -> nn.Module:
         from torch_fidelity import FeatureExtractorBase, FeatureExtractorDinoV2
 
         os.environ["XFORMERS_DISABLED"] = "1"  # as torch-fidelity does: one kind of attention
+        code = _copy(self.code)
         imported = getattr(sys.modules.get("dinov2"), "__file__", None)
-        if imported is not None and not Path(imported).resolve().is_relative_to(self.code.resolve()):
+        if imported is not None and not Path(imported).is_relative_to(code):
             raise ValueError(f"another dinov2 is imported already, {imported}")
-        model = torch.hub.load(str(self.code), self.entry, source="local", pretrained=False)
+        model = torch.hub.load(str(code), self.entry, source="local", pretrained=False)
         model.load_state_dict(self._read())
         network = FeatureExtractorDinoV2.__new__(FeatureExtractorDinoV2)  # its constructor would fetch
         FeatureExtractorBase.__init__(network, self.name, ["dinov2"])
         network.model, network.feature_extractor_internal_dtype = model, torch.float32
         return network
+
+
+def _python_files(code: Path) -> dict[str, bytes]:
+    """What is in the Python files below a folder, by their names there."""
+    return {path.relative_to(code).as_posix(): path.read_bytes() for path in code.rglob("*.py") if path.is_file()}
+
+
+def _sha256(files: dict[str, bytes]) -> str:
+    total = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        total.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _checked(code: Path, sha256: str) -> None:
+    if sha256 != DINOV2_CODE_SHA256:
+        raise ValueError(f"code={code}: must be commit {DINOV2_COMMIT} of {DINOV2_CODE_URL}, unchanged")
+
+
+_COPIES: dict[str, tempfile.TemporaryDirectory[str]] = {}  # by hash, until the process ends: it may import more of one
+
+
+def _copy(code: Path) -> Path:
+    """A new folder with the bytes that were hashed and nothing else: beside them Python would run compiled files too."""
+    files = _python_files(code)
+    sha256 = _sha256(files)
+    _checked(code, sha256)
+    if sha256 not in _COPIES:
+        _COPIES[sha256] = tempfile.TemporaryDirectory(prefix="dinov2-")
+        for name, content in files.items():
+            path = Path(_COPIES[sha256].name, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    return Path(_COPIES[sha256].name)

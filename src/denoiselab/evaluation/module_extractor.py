@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate
 
 from denoiselab.condition import height_width
 from denoiselab.evaluation.features import Extractor, Features
+from denoiselab.runs.weights import load_weights
 
 OURS = ("digits", "inception", "vgg16", "clip", "dinov2")  # names that stand for published weights
 
@@ -151,7 +152,7 @@ def _one_line(error: Exception) -> str:
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return load_weights(path)
 
 
 class _Prepared(nn.Module):

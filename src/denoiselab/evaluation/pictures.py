@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,8 @@ from torch import Tensor
 
 from denoiselab.data.decoding import KINDS
 from denoiselab.evaluation.generate import Source
+from denoiselab.runs.checks import show
+from denoiselab.runs.folder import read_json
 
 PROTOCOL = "protocol.json"  # in a folder of samples: how they were drawn, and how many
 DRAWN = ("sampler", "guidance", "nfe", "weights", "weights_sha256", "step", "seed")  # of it, for a number
@@ -106,9 +107,10 @@ def stored_protocol(source: Path) -> dict[str, Any]:
             total.update(f"{file.relative_to(source)} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     beside = source.with_name(f"{source.name}.json") if source.is_file() else source / PROTOCOL
     try:
-        drawn = json.loads(beside.read_text())
+        found = read_json(beside)
     except (OSError, ValueError):
-        drawn = {}
+        found = {}
+    drawn = found if isinstance(found, dict) else {}
     known = {key: drawn[key] for key in DRAWN if key in drawn}
     if drawn.get("class") is not None:  # else all classes in turn, as in every other measurement
         known["class"] = drawn["class"]
@@ -180,9 +182,11 @@ def _check_complete(source: Path, count: int) -> None:
     if not path.is_file():
         return
     with _reading(path):
-        wanted = json.loads(path.read_text())["num_samples"]
+        wanted = read_json(path)["num_samples"]
     if count != wanted:
-        raise ValueError(f"images={source}: has {count} of the {wanted} images of its {PROTOCOL}; finish drawing them")
+        raise ValueError(
+            f"images={source}: has {count} of the {show(wanted)} images of its {PROTOCOL}; finish drawing them"
+        )
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from denoiselab.condition import height_width
 from denoiselab.evaluation.features import Extractor, Features
+from denoiselab.runs.weights import load_weights
 
 TENSORFLOW_RESIZE = "bilinear to {0}x{0} as in TensorFlow 1 (torch-fidelity), no antialiasing"
 
@@ -100,7 +101,7 @@ class Published(Extractor):
 
     def _read(self) -> dict[str, Tensor]:
         """The tensors in the file; nothing in it is run."""
-        return torch.load(self.weights, map_location="cpu", weights_only=True)
+        return load_weights(self.weights)
 
     def _build(self) -> nn.Module:
         self.check_files()

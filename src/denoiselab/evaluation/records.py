@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from denoiselab.runs.checks import show
+
 # What says which model was measured, and when: numbers of unlike values here are what one wants to compare
+LONGEST_NAME = 200
 RUN_FIELDS = ("step", "weights_sha256", "images", "images_sha256", "nfe_spent", "reference_file")
 
 
@@ -53,18 +57,46 @@ class Number:
         return asdict(self) | {"protocol_id": protocol_id(self.protocol)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Number:
-        """The number of a dict that `to_dict` made.
+    def from_dict(cls, values: Any) -> Number:
+        """The number of a dict that `to_dict` made, here or in an earlier version, which had no intervals.
 
         Raises:
-            ValueError: if the dict has other keys.
+            ValueError: if it is none, has other keys, or values of other kinds.
         """
+        if not isinstance(values, dict):
+            raise ValueError("number: must be a mapping")
         expected = [field.name for field in fields(cls)]
-        given = {key: value for key, value in values.items() if key != "protocol_id"}
+        given: dict[str, Any] = {"interval": None, "jackknife": None} | values
+        given.pop("protocol_id", None)
         if sorted(given) != sorted(expected):
-            raise ValueError(f"number={sorted(values)}: must have the keys {', '.join(expected)}")
-        interval = given["interval"]
-        return cls(**given | {"interval": None if interval is None else (interval[0], interval[1])})
+            raise ValueError(f"number={show(sorted(values))}: must have the keys {', '.join(expected)}")
+        for key, fits in _KINDS.items():
+            if not fits(given[key]):
+                raise ValueError(f"number.{key}={show(given[key])}: is not what a measurement has there")
+        return cls(**given | {"interval": given["interval"] and tuple(given["interval"])})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1 << 53)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(map(_is_number, value))
+
+
+def _is_protocol(value: Any) -> bool:
+    kinds = {"step": int, "count": int, "seed": int, "weights": str}
+    return isinstance(value, dict) and all(type(value.get(key)) in (kind, type(None)) for key, kind in kinds.items())
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "name": lambda v: isinstance(v, str) and v.isprintable() and 0 < len(v) <= LONGEST_NAME,
+    "value": _is_number,
+    "floor": lambda v: v is None or _is_number(v),
+    "protocol": _is_protocol,
+    "interval": lambda v: v is None or (_are_numbers(v) and len(v) == 2),
+    "jackknife": lambda v: v is None or _are_numbers(v),
+}
 
 
 def protocol_id(protocol: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from denoiselab.data.npz import check_unpacked_size
 from denoiselab.evaluation.arrays import read_tensors, write_tensors
 from denoiselab.evaluation.collect import broadcast, gather, ranks
 from denoiselab.evaluation.distances import Moments, Statistics
@@ -129,12 +130,15 @@ def published(path: Path) -> Reference:
     Raises:
         ValueError: if there is no such file, or it is not of this kind.
     """
+    kind = "ADM's, EDM's and pytorch-fid's published statistics are"
+    if not path.is_file():  # to open a pipe would wait for ever
+        raise ValueError(f"{path}: no such file; {kind}")
     try:
+        check_unpacked_size(path)
         with np.load(path, allow_pickle=False) as arrays:
             found = {key: arrays[key].astype(np.float64) for key in ("mu", "sigma", "mu_s", "sigma_s") if key in arrays}
-    except (OSError, ValueError) as error:
-        reason = "no such file" if not path.exists() else "must be an npz with the arrays mu and sigma"
-        raise ValueError(f"{path}: {reason}; ADM's, EDM's and pytorch-fid's published statistics are") from error
+    except Exception as error:  # zipfile, zlib and numpy raise many kinds
+        raise ValueError(f"{path}: must be an npz with the arrays mu and sigma; {kind}") from error
     for mu, sigma in (("mu", "sigma"), ("mu_s", "sigma_s")):
         if (mu in found) != (sigma in found) or (mu == "mu" and mu not in found):
             raise ValueError(f"{path}: must hold the arrays mu and sigma, not {', '.join(found) or 'none of them'}")

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from denoiselab.evaluation.generate import Source
 from denoiselab.evaluation.pictures import PROTOCOL, to_pil
+from denoiselab.runs.checks import show
+from denoiselab.runs.folder import read_json
 
 PARTIAL = ".partial"
 Advance = Callable[[int], None]
@@ -116,7 +118,7 @@ def check_folder(folder: Path, protocol: dict[str, Any]) -> None:
             raise ValueError(f"output={folder}: holds images, but no {PROTOCOL} that says how they were drawn")
         return
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if not isinstance(found, dict):
             raise ValueError("no mapping")
     except (OSError, ValueError) as error:
@@ -125,8 +127,8 @@ def check_folder(folder: Path, protocol: dict[str, Any]) -> None:
     field = difference(wanted | {"checkpoint": None}, found | {"checkpoint": None})
     if field is not None:
         raise ValueError(
-            f"output={folder}: holds samples that were drawn otherwise: {field[0]} is {json.dumps(field[2])} there, here "
-            f"it is {json.dumps(field[1])}; give another folder"
+            f"output={folder}: holds samples that were drawn otherwise: {show(field[0])} is {show(json.dumps(field[2]))} "
+            f"there, here it is {show(json.dumps(field[1]))}; give another folder"
         )
 
 

@@ -180,4 +180,5 @@ def positions(ours: dict[str, Any]) -> Tensor:
 
 def no_labels(ours: dict[str, Any]) -> dict[str, Tensor]:
     """The tables of one label and none that diffusers needs where ours has none: zeros."""
-    return {LABELS.format(i): torch.zeros(2, ours["hidden_size"]) for i in range(ours["depth"])}
+    table = torch.zeros(2, ours["hidden_size"])
+    return {LABELS.format(i): table for i in range(ours["depth"])}

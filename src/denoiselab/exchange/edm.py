@@ -59,7 +59,8 @@ def from_edm(state: dict[str, Tensor]) -> dict[str, Any]:
 def filters(state: dict[str, Tensor], taps: list[int]) -> dict[str, Tensor]:
     """What the buffers of resampling must be, by their names."""
     line = torch.tensor(taps, dtype=torch.float32) / sum(taps)
-    return {name: torch.outer(line, line)[None, None] for name in state if name.endswith(FILTER)}
+    square = torch.outer(line, line)[None, None]
+    return {name: square for name in state if name.endswith(FILTER)}
 
 
 def _taps(state: dict[str, Tensor]) -> list[int]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from denoiselab.runs.weights import load_weights
+
 WEIGHTS = "diffusion_pytorch_model"
+TIMES = 2  # what tensors may take, in sizes of their file: some are one under two names, but views can be of any size
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,29 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         )
     if path.suffix not in (".safetensors", ".pt", ".pth", ".bin", ".ckpt"):
         raise ValueError(f"source={path}: must be a .safetensors, .pt, .pth or .bin file, or a diffusers folder")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds
-        raise ValueError(f"source={path}: cannot be read as plain data; it is damaged, or holds code") from error
+        loaded = load_weights(path)
+    except ValueError as error:
+        raise ValueError(f"source={path}: {error}") from error
     for key in ("ema", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]
     if not isinstance(loaded, dict) or not loaded or not all(isinstance(v, Tensor) for v in loaded.values()):
         raise ValueError(f"source={path}: holds no state dict, which is names and tensors")
+    if sum(v.numel() * v.element_size() for v in loaded.values()) > TIMES * path.stat().st_size:
+        raise ValueError(f"source={path}: holds tensors that are larger than the file")
     return loaded
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except Exception as error:  # of many kinds
+        raise ValueError(f"source={path}: cannot be read as plain data; it is damaged, or holds code") from error
 
 
 def read_folder(path: Path) -> Source:
@@ -99,16 +110,25 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         index = folder / f"{WEIGHTS}.{ending}.index.json"
         if index.is_file():  # in several files, each tensor in one of them
             state: dict[str, Tensor] = {}
-            for name in sorted(set(_read_json(index)["weight_map"].values())):
+            for name in _parts(index):
                 state |= read_tensors(folder / name)
             return state
     raise ValueError(f"source={folder}: has no {WEIGHTS}.safetensors or .bin")
 
 
+def _parts(index: Path) -> list[str]:
+    """The names of the files that an index names, which lie beside it."""
+    found = _read_json(index).get("weight_map")
+    names = list(found.values()) if isinstance(found, dict) else []
+    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+        raise ValueError(f"source={index}: must have a weight_map of the names of files beside it")
+    return sorted(set(names))
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"source={path}: cannot be read as JSON") from error
     if not isinstance(value, dict):
         raise ValueError(f"source={path}: must hold a JSON object")

@@ -50,9 +50,11 @@ def import_network(source: Source, style: str = "auto", arguments: dict[str, Any
     style = detect(source) if style == "auto" else style
     try:
         return _import(source, style, arguments or {})
-    except (TypeError, KeyError, IndexError, AttributeError) as error:
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        # a side of 0 divides by zero, one of 2**40 overflows, and torch says so at length
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"config.json or tensors hold what no such network has ({type(error).__name__}: {error})"
+            f"config.json or tensors hold what no such network has ({type(error).__name__}: {reason})"
         ) from error
 
 
@@ -73,8 +75,7 @@ def _import(source: Source, style: str, given: dict[str, Any]) -> Imported:
         return imported
     if name == dit.CLASS or (name == dit.OLD_CLASS and source.model.get("norm_type") == "ada_norm_zero"):
         found = dit.from_diffusers(source.model, source.pipeline, state) | given
-        constants = {} if found["num_classes"] else dit.no_labels(found)
-        imported = _take(DiT, found, style, state, constants)
+        imported = _take(DiT, found, style, state, {})
         if "frequency_shift" not in given | source.pipeline:
             imported.notes.append(dit.NOTE)
         return imported
@@ -104,7 +105,13 @@ def _take(
     network = empty(node)
     if isinstance(network, DiT):
         name = dit.DIFFUSERS_POSITIONS if style == "diffusers" else dit.ORIGINAL_POSITIONS
-        constants = constants | {name: dit.positions(arguments)}
+        with torch.device("meta"):  # what a config.json claims may be huge: it is made if the file has as much
+            table = dit.positions(arguments)
+        if name in state and state[name].shape == table.shape:
+            table = dit.positions(arguments)
+        constants = constants | {name: table}
+        if style == "diffusers" and not arguments["num_classes"]:
+            constants |= dit.no_labels(arguments)
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     return Imported(node, to_ours(state, names_of(network, style), shapes, constants), style)
 

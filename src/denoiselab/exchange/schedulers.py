@@ -133,6 +133,9 @@ def from_scheduler(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
         raise ValueError("trained_betas: is a table without a name; say which path it is")
     schedule = config.get("beta_schedule")
     ends = {"beta_min": config.get("beta_start", 1e-4), "beta_max": config.get("beta_end", 0.02)}
+    for key, value in ends.items():
+        if type(value) not in (int, float):  # a foreign file must not name anything to be built
+            raise ValueError(f"{key.replace('min', 'start').replace('max', 'end')}={value}: must be a number")
     table: dict[str, Any] = {"steps": STEPS, "t_min": None, "t_max": 1.0}
     if schedule == "linear":
         path = _node("paths.DDPMLinear", **ends, **table)
@@ -146,7 +149,7 @@ def from_scheduler(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
         path = _node("paths.ZeroTerminalSNR", path=path, t_min=None, t_max=None)
     kind = config.get("prediction_type", "epsilon")
     classes = {theirs: ours.__name__ for ours, theirs in PREDICTIONS.items()}
-    if kind not in classes:
+    if kind not in list(classes):  # which compares and does not hash what a file holds
         raise ValueError(f"prediction_type={kind}: must be {', '.join(classes)}")
     return path, _node(f"prediction.{classes[kind]}")
 

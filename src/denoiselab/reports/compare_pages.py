@@ -56,7 +56,7 @@ def _part(found: Comparison, columns: Sequence[str], width: int) -> Table:
     if repeated:
         table.add_column("n", justify="right")
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(Text(column), justify="right", no_wrap=True)  # a name is no markup
     lead = [""] if repeated else []
     if any(column in found.floors for column in columns):
         table.add_row(REAL, *lead, *(_floor(found, column) for column in columns), style="dim")

@@ -11,7 +11,7 @@ from typing import Any
 
 from denoiselab.evaluation.records import RUN_FIELDS, Number
 from denoiselab.runs.checks import show
-from denoiselab.runs.folder import COMMAND, CONFIG
+from denoiselab.runs.folder import COMMAND, CONFIG, from_json, read_json, read_small
 
 METRICS = "metrics.jsonl"
 # Of a protocol: which model was measured (but for its step, which must be asked for), and what came of it
@@ -58,7 +58,8 @@ class MeasuredRun:
     @property
     def seed(self) -> int | None:
         """The training seed."""
-        return self.config.get("seed")
+        seed = self.config.get("seed")
+        return seed if isinstance(seed, int) else None
 
 
 def read_all(paths: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
@@ -78,9 +79,8 @@ def read_all(paths: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
         notes += damaged
         near = file.resolve().parents[:2]  # evaluations lie in a folder of the run's
         home = next((folder for folder in near if (folder / CONFIG).exists()), near[0])
-        config = _read_json(home / CONFIG)
-        command = _read_json(home / COMMAND) if config else {}
-        told = (config, command.get("choices", {}), command.get("overrides", []))
+        config = _read_mapping(home / CONFIG)
+        told = (config, *_commanded(_read_mapping(home / COMMAND) if config else {}))
         label = path.resolve().name if path.is_dir() else str(path)
         found += [MeasuredRun(path, label, weights, some, *told) for weights, some in _by_weights(numbers).items()]
     paths_of: dict[str, set[Path]] = {}
@@ -91,38 +91,45 @@ def read_all(paths: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
 
 def _read_numbers(file: Path) -> tuple[list[Number], list[str]]:
     """Every number of a file, and a line for each that is damaged."""
+    records: list[tuple[str, Any]] = []
     if file.suffix == ".json":
-        whole = _read_json(file).get("numbers")
+        whole = _read_mapping(file).get("numbers")
         if not isinstance(whole, list):
             return [], [f"{file}: is no file of numbers that evaluate.py wrote"]
-        records = [(f"{file}: number {i}", json.dumps(record)) for i, record in enumerate(whole, 1)]
+        records = [(f"{file}: number {i}", record) for i, record in enumerate(whole, 1)]
     else:
-        records = [
-            (f"{file}:{i}", line)
-            for i, line in enumerate(file.read_text(errors="replace").splitlines(), 1)
-            if line.strip()
-        ]
+        try:
+            lines = read_small(file).decode(errors="replace").splitlines()
+        except (OSError, ValueError) as error:
+            return [], [f"{error}; left out"]
+        records = [(f"{file}:{i}", line) for i, line in enumerate(lines, 1) if line.strip()]
     numbers: list[Number] = []
     notes: list[str] = []
     for where, record in records:
-        try:  # runs of earlier versions have no intervals
-            number = Number.from_dict({"interval": None, "jackknife": None} | json.loads(record))
-            if not isinstance(number.value, int | float) or not isinstance(number.protocol, dict):
-                raise ValueError("value or protocol")
-            numbers.append(number)
-        except (ValueError, TypeError, LookupError):
+        try:
+            numbers.append(Number.from_dict(from_json(record) if isinstance(record, str) else record))
+        except ValueError:
             notes.append(f"{where}: is damaged; left out")
     if not numbers:
         notes.append(f"{file}: holds no numbers; left out")
     return numbers, notes
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _read_mapping(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text())
+        value = read_json(file)
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def _commanded(command: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """The choices and overrides of a command.json, as far as they are such."""
+    choices, overrides = command.get("choices"), command.get("overrides")
+    return (
+        {group: c for group, c in choices.items() if isinstance(c, str)} if isinstance(choices, dict) else {},
+        [o for o in overrides if isinstance(o, str)] if isinstance(overrides, list) else [],
+    )
 
 
 def _by_weights(numbers: Sequence[Number]) -> dict[str, dict[str, Number]]:
@@ -202,10 +209,10 @@ def check_protocols(runs: Sequence[MeasuredRun], vary: Sequence[str]) -> None:
                     f"{_brief(leaves[key]) if key in leaves else 'not said'} in {_called(r, have[0], run)}"
                     for leaves, r in ((start, have[0]), (other, run))
                 ]
-                first = first or f"{column}: {key} differs: {', '.join(said)}"
+                first = first or f"{column}: {show(key)} differs: {', '.join(said)}"
     if first:
         decided = {"sampler", "guidance"} & set(nodes)  # by these the NFE are
-        asked = dict.fromkeys(node for node in nodes if not (decided and node == "nfe"))
+        asked = dict.fromkeys(show(node) for node in nodes if not (decided and node == "nfe"))
         raise UnlikeError(f"{first}; compare like with like, or allow it with vary=[{','.join(asked)}]")
 
 

@@ -17,6 +17,7 @@ FREE = (
     "callbacks",
     "compile",
     "datamodule.cache",
+    "datamodule.download",
     "datamodule.eval_batch_size",
     "datamodule.num_workers",
     "datamodule.root",  # the fingerprint of the data decides

@@ -12,7 +12,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from pydantic import ConfigDict, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
@@ -26,10 +26,43 @@ SHOWN = 160  # characters of a value in a message
 
 def show(value: Any) -> str:
     """A value as one would type it, in one line and not at any length."""
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else _beginning(value)
     if len(text) > SHOWN:
         text = f"{text[: SHOWN // 2]}...{text[-SHOWN // 4 :]}"
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _beginning(value: Any) -> str:
+    """What str() gives, but of what is nested its beginning: a file of a few bytes may hold what fills the memory as text."""
+    if not isinstance(value, dict | list | tuple):
+        many = type(value) is int and value.bit_length() > 1000  # Python refuses to print those of thousands of digits
+        return f"a number of {value.bit_length()} bits" if many else str(value)
+    text = ""
+    for piece in _pieces(value):
+        text += piece
+        if len(text) > SHOWN:
+            return f"{text[: SHOWN - 3]}..."
+    return text
+
+
+def _pieces(value: Any) -> Iterator[str]:
+    """The text of plain data, piece by piece."""
+    if isinstance(value, dict):
+        yield "{"
+        for i, (key, part) in enumerate(value.items()):
+            yield ", " if i else ""
+            yield from _pieces(key)
+            yield ": "
+            yield from _pieces(part)
+        yield "}"
+    elif isinstance(value, list | tuple):
+        yield "[" if isinstance(value, list) else "("
+        for i, part in enumerate(value):
+            yield ", " if i else ""
+            yield from _pieces(part)
+        yield "]" if isinstance(value, list) else ",)" if len(value) == 1 else ")"
+    else:
+        yield repr(value[:SHOWN]) if type(value) is str else _beginning(value)
 
 
 def locate(target: Any, path: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.metadata
 import json
@@ -9,6 +10,7 @@ import logging
 import os
 import platform
 import re
+import stat
 import subprocess
 import sys
 import uuid
@@ -16,8 +18,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from denoiselab.runs.checks import show
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.secrets import redact
 
@@ -38,6 +41,7 @@ PACKAGES = (
     "torch-fidelity",
     "numpy",
 )
+MOST_BYTES, MOST_JSON_BYTES, MOST_DEPTH = 1 << 30, 1 << 26, 100  # of what is read of a run, far above what one writes
 log = logging.getLogger(__name__)
 
 
@@ -83,7 +87,7 @@ def run_id(folder: Path) -> str:
     """The id of a run, made when it is first asked for: folders of one name, elsewhere, are other runs."""
     if not (folder / ID).exists():
         write_text(folder / ID, f"{folder.name[:80]}-{uuid.uuid4().hex[:8]}\n")
-    return (folder / ID).read_text().strip()
+    return read_small(folder / ID, 1000).decode(errors="replace").strip()
 
 
 @contextmanager
@@ -110,15 +114,16 @@ def writing(folder: Path) -> AbstractContextManager[None]:
 @contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
     try:
-        opened = (folder / name).open("a+")
+        opened = open_own(folder / name, "a+")
     except OSError as error:
-        raise ConfigError(f"run={folder}: cannot be written to ({error.strerror})") from error
+        raise ConfigError(f"run={folder}: {name} cannot be written to ({error.strerror})") from error
     with opened as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             file.seek(0)
-            raise ConfigError(f"run={folder}: is being trained by {file.read().strip() or 'another process'}") from None
+            who = show(file.read(1000).strip()) or "another process"
+            raise ConfigError(f"run={folder}: is being trained by {who}") from None
         except OSError as error:  # some file systems of clusters know no locks
             log.warning("run=%s: cannot be locked (%s); let no other process train it", folder, error.strerror)
         file.truncate(0)
@@ -167,11 +172,113 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a file, complete or not at all: on disk before it takes its name."""
     beside = path.with_name(f".{path.name}.partial")
-    with beside.open("w") as file:
+    beside.unlink(missing_ok=True)  # left by a crash, or a link to a file elsewhere
+    with beside.open("x") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def check_own(folder: Path, *parts: str) -> None:
+    """See to it that what is written into a run folder, which may be somebody else's, stays there; it may be a link itself.
+
+    Args:
+        folder: of a run.
+        parts: names of the subfolders that will be written to; none: the whole folder.
+
+    Raises:
+        ConfigError: if a link in it leads out of it.
+    """
+    home = os.path.realpath(folder)
+    for top in [folder / part for part in parts] or [folder]:
+        below = (Path(root, name) for root, folders, files in os.walk(top) for name in (*folders, *files))
+        for path in (*([top] if parts else []), *below):
+            name = path.relative_to(folder)
+            if "wandb" in name.parts[:-1]:  # which links to its caches, and makes each of its files anew
+                continue
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
+                raise ConfigError(f"run={folder}: {show(name)} is a link that leads out of the run folder")
+
+
+def open_own(path: Path, mode: str, buffering: int = -1) -> IO[Any]:
+    """Open a file of a run to write to it, which is made if it is not there; see `check_own`.
+
+    Raises:
+        OSError: if it is a link, a pipe or a device, or cannot be opened.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        if os.path.islink(name):
+            raise OSError(errno.ELOOP, "is a link", name)
+        return _open_regular(name, flags | os.O_NOFOLLOW)
+
+    return open(path, mode, buffering, opener=opener)
+
+
+def _open_regular(name: str, flags: int) -> int:
+    """A descriptor of a file; without waiting, as one does for the other end of a pipe."""
+    descriptor = os.open(name, flags | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "is no regular file", name)
+    return descriptor
+
+
+def read_small(path: Path, limit: int = MOST_BYTES) -> bytes:
+    """The content of a file of a run, which may be somebody else's: of a pipe or a device there might be no end.
+
+    Args:
+        path: of the file.
+        limit: bytes that it may have.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ConfigError: if it cannot be read, is no regular file, or is larger.
+    """
+    try:
+        with open(path, "rb", opener=_open_regular) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise OSError(errno.EFBIG, f"has {size:,} bytes, more than {limit:,}")
+            return file.read(size)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def read_json(path: Path) -> Any:
+    """The plain data in a file of a run; see `read_small` and `from_json`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ConfigError: if it cannot be read, or is no JSON.
+    """
+    content = read_small(path, MOST_JSON_BYTES)
+    try:
+        return from_json(content)
+    except ValueError as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+
+
+def from_json(text: str | bytes) -> Any:
+    """Plain data that is nested no deeper than any function that walks through it can go.
+
+    Raises:
+        ValueError: if it is no JSON, or nested more than `MOST_DEPTH` deep.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    layer = [value]
+    for _ in range(MOST_DEPTH + 1):
+        nodes = [node.values() if isinstance(node, dict) else node for node in layer if isinstance(node, dict | list)]
+        if not nodes:
+            return value
+        layer = [item for node in nodes for item in node]
+    raise ValueError("is nested too deeply")
 
 
 def versions() -> dict[str, Any]:

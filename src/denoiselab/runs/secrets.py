@@ -41,15 +41,17 @@ _NO_VALUES = {"", "null", "none", "true", "false", "???", MASK}
 
 _URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,20}://)([^/\s\"'<>?#]+)@")
 _BEARER = re.compile(r"\b(Bearer|Authorization: *\w+) +[\w.~+/=-]{8,}", re.IGNORECASE)
-_FORMS = re.compile(
+_FORMS = re.compile(  # what may begin again every few characters looks ahead a little only: long texts took for ever
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
     r"|\b(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_\w{30,}|github_pat_\w{20,}|glpat-[\w-]{20,}|xox[a-z]-[\w-]{10,}"
-    r"|sk-(?=[\w-]*\d)[\w-]{20,}|A[KS]IA[A-Z0-9]{16}|wandb_v\d_\w{20,}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)",
+    r"|sk-(?=[A-Za-z_-]{0,200}+\d)[\w-]{20,}|A[KS]IA[A-Z0-9]{16}|wandb_v\d_\w{20,}"
+    r"|eyJ[\w-]{10,400}+\.[\w-]{10,}+\.[\w-]*)",
     re.DOTALL,
 )
 _NAME = re.compile(r"(?<![\w.-])([\w.-]{2,100})[\"']?( ?= ?|:[ \t]*)")
 _VALUE = re.compile(
-    r"""(["'])(?P<quoted>(?:(?!\1)[^\\]|\\.)*)\1|(?P<plain>\$\{[^}]*\}|[^\s,;&}\])"']+?(?=:?(?:[\s,;&}\])"']|$)))"""
+    r"""(["'])(?P<quoted>(?:(?!\1)[^\\]|\\.)*)\1"""
+    r"""|(?P<plain>\$\{[^}]{0,1000}\}|[^\s,;&}\])"']+?(?=:?(?:[\s,;&}\])"']|$)))"""
 )
 _YAML = re.compile(r"^(?P<indent> *(?:- )*)(?P<key>[\"']?[\w.-]+[\"']?):(?: (?P<value>.*))?$")
 

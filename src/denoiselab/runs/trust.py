@@ -29,12 +29,12 @@ FUNCTIONS = {
     "denoiselab.training.logs.tensorboard_logger": True,
     "denoiselab.training.logs.wandb_logger": True,
 }
-# Names are followed below these, and where other people's classes may be defined. Those of torchmetrics that work on images or
-# text fetch a network when they are built, and torch.nn.parallel starts talking to other processes.
-WAYS = (*ROOMS, "torch.optim", "torch.nn", "torchmetrics", "lightning.pytorch.callbacks")
+# Names are followed below these, and where other people's classes may be defined. Those of torchmetrics that work on images
+# or text fetch a network when they are built. The layers of torch.nn are not among them: they make what they are told, of any
+# size, and torch.nn.parallel starts talking to other processes; trust=[torch.nn] takes them.
+WAYS = (*ROOMS, "torch.optim", "torchmetrics", "lightning.pytorch.callbacks")
 LIBRARIES = (
     "torch.optim",
-    "torch.nn.modules",
     "torchmetrics.aggregation",
     "torchmetrics.classification",
     "torchmetrics.regression",
@@ -52,10 +52,11 @@ CALLBACKS = (
     "Timer",
     "TQDMProgressBar",
 )
-SAID = "denoiselab's parts, torch.optim, torch.nn, torchmetrics, Lightning's callbacks"
+SAID = "denoiselab's parts, torch.optim, torchmetrics, Lightning's callbacks"
 
 # No config comes near these; a file that goes beyond them wants to fill the memory, or the terminal.
 DEEPEST, MOST, LONGEST, LARGEST = 40, 100_000, 20_000, 2**63
+LONGEST_LIST = 2000  # or dict
 
 
 def check_targets(node: Any, trust: Iterable[str], path: str = "") -> None:
@@ -73,28 +74,46 @@ def check_targets(node: Any, trust: Iterable[str], path: str = "") -> None:
     for name in names:
         if not all(part.isidentifier() for part in name.split(".")):
             raise ConfigError(f"trust=[{show(name)}]: must be names of packages")
+    _check(node, names, path)
+
+
+def check_plain(node: Any, path: str = "") -> None:
+    """Refuse what is no plain data, or too much of it, in a foreign config of which nothing is to be built.
+
+    Args:
+        node: config of a checkpoint, whatever it holds.
+        path: of the node, for messages.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    _check(node, None, path)
+
+
+def _check(node: Any, trust: list[str] | None, path: str) -> None:
     left, waiting = MOST, [(node, path, 0)]
     while waiting:
         value, where, depth = waiting.pop()
-        kind = type(
-            value
-        )  # exactly: a checkpoint can hold dicts and lists of other classes, and Hydra builds what is in them
+        # Exactly: a checkpoint can hold dicts and lists of other classes, and Hydra builds what is in them.
+        kind = type(value)
         inside: list[tuple[Any, str]] = []
         if kind in (dict, list):
             left -= len(value)
             if left < 0 or depth == DEEPEST:
                 problem = "holds too much" if left < 0 else "is nested too deep"
                 raise ConfigError(f"{show(where)}: {problem} for a config")
+            if len(value) > LONGEST_LIST:
+                raise ConfigError(f"{show(where)}: must hold at most {LONGEST_LIST} values, not {len(value)}")
         if kind is dict:
-            if "_target_" in value:
-                _check_target(value, names, where)
+            if trust is not None and "_target_" in value:
+                _check_target(value, trust, where)
             for key in value:
                 _check_key(key, where)
             inside = [(part, f"{where}.{key}" if where else key) for key, part in value.items()]
         elif kind is list:
             inside = [(part, f"{where}[{i}]") for i, part in enumerate(value)]
         else:
-            _check_plain(value, where)
+            _check_leaf(value, where)
         waiting += [(part, path, depth + 1) for part, path in reversed(inside)]
 
 
@@ -106,7 +125,7 @@ def _check_key(key: Any, path: str) -> None:
         raise ConfigError(f"{show(path)}.{key}: is not allowed in a stored config")
 
 
-def _check_plain(value: Any, path: str) -> None:
+def _check_leaf(value: Any, path: str) -> None:
     where = show(path)
     if type(value) is str:
         if len(value) > LONGEST:

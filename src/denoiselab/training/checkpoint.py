@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 import denoiselab
+from denoiselab.runs.checks import show
 from denoiselab.training.pickles import flaw_of_pickle
 
 SCHEMA = 1
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step_(\d+)\.ckpt")
+LARGEST_COUNT = 2**63  # no run comes near it, and numbers of thousands of digits cannot even be printed
 _ZIP = b"PK\x03\x04"
 _REQUIRED = {"config": dict, "ema": dict, "ema_updates": int, "state_dict": dict, "global_step": int}
 log = logging.getLogger(__name__)
@@ -132,17 +134,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint={path}: {_words(error)}") from error
     schema = loaded.get("schema") if isinstance(loaded, dict) else None
     if type(schema) is not int or schema != SCHEMA:
-        raise ValueError(f"checkpoint={path}: layout {schema!r} is not the layout {SCHEMA} that this version reads")
+        raise ValueError(
+            f"checkpoint={path}: layout {_told(schema)} is not the layout {SCHEMA} that this version reads"
+        )
     for key, kind in _REQUIRED.items():
         if not isinstance(loaded.get(key), kind) or isinstance(loaded.get(key), bool):
             raise ValueError(f"checkpoint={path}: has no {key}; it is damaged, or not of this program")
     for key in ("ema_updates", "global_step"):
-        if loaded[key] < 0:
-            raise ValueError(f"checkpoint={path}: {key} is {loaded[key]}; it is damaged, or not of this program")
+        if not 0 <= loaded[key] < LARGEST_COUNT:
+            raise ValueError(f"checkpoint={path}: {key} is {_told(loaded[key])}; it is damaged, or not of this program")
     for key, value in [("state_dict", loaded["state_dict"]), *loaded["ema"].items()]:
-        if not _is_weights(value):
-            raise ValueError(f"checkpoint={path}: {key} is no dict of names and tensors; it is not of this program")
+        if type(key) is not str or not _is_weights(value):
+            raise ValueError(
+                f"checkpoint={path}: {show(key)} is no dict of names and tensors; it is not of this program"
+            )
     return loaded
+
+
+def _told(value: Any) -> str:
+    """A value in a few characters, whatever a file holds in its place."""
+    plain = value is None or (type(value) in (bool, int) and abs(value) < LARGEST_COUNT)
+    return str(value) if plain else f"of type {type(value).__name__}"
 
 
 def _is_weights(value: Any) -> bool:
@@ -183,17 +195,24 @@ def _flaw_of_archive(file: BinaryIO) -> str | None:
             if entry.is_dir() or entry.external_attr != 0:  # of a folder torch reads nothing, in silence
                 return f"{entry.filename!r} is no file"
             name = PurePosixPath(entry.filename)
-            if name.is_absolute() or ".." in name.parts or "\\" in entry.filename:
+            if (
+                name.is_absolute()
+                or ".." in name.parts
+                or "\\" in entry.filename
+                or entry.filename != entry.orig_filename
+            ):
                 return f"{entry.filename!r} is an unsafe name"
-        if len({entry.filename for entry in entries}) < len(entries):
+        sizes = {entry.filename.lower(): entry.file_size for entry in entries}  # torch takes data.PKL for data.pkl
+        if len(sizes) < len(entries):
             return "two entries of one name"
         if sum(entry.file_size for entry in entries) > file.seek(0, os.SEEK_END):
             return "its entries are larger than the file"
         broken = archive.testzip()
         if broken is not None:
             return f"the checksum of {broken!r} differs"
-        flaws = (flaw_of_pickle(archive.read(entry)) for entry in entries if entry.filename.endswith(".pkl"))
-        return next(filter(None, flaws), None)
+        records = {name.partition("/")[2]: size for name, size in sizes.items()}
+        pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
+        return next(filter(None, (flaw_of_pickle(archive.read(entry), records) for entry in pickles)), None)
 
 
 def _words(error: OSError | ValueError) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 RAW = "raw"
+MOST = 64  # averages
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}")
 
 
@@ -36,16 +37,20 @@ class EMA:
     ramp-up r the half-life is at most the share r of the updates so far, d ≤ ½^(1/(r·n)), as in EDM.
 
     Args:
-        decays: name → decay in [0, 1). The first one is used for validation, sampling and metrics unless another is asked
-            for; none means the raw weights are.
+        decays: name → decay in [0, 1), at most 64. The first one is used for validation, sampling and metrics unless another
+            is asked for; none means the raw weights are.
         warmup: whether d starts small.
         ramp_up: r, positive; None does not bound the half-life.
 
     Raises:
-        ValueError: if a number is out of range, or a name is "raw" (which names the weights themselves).
+        ValueError: if a number is out of range, there are too many, or a name is "raw" (which names the weights themselves).
     """
 
     def __init__(self, *, decays: dict[str, float], warmup: bool = True, ramp_up: float | None = None) -> None:
+        if len(decays) > MOST:
+            raise ValueError(
+                f"decays: must be at most {MOST} averages, not {len(decays)}; each is as large as the network"
+            )
         for name, decay in decays.items():
             check_name(name, f"decays.{name}={decay}")
             if not 0 <= decay < 1:

@@ -179,8 +179,15 @@ class Health(Callback):
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the count over."""
-        self.skipped = state_dict["skipped"]
+        """Take the count over.
+
+        Raises:
+            ValueError: if it is no count.
+        """
+        skipped = state_dict["skipped"]
+        if type(skipped) is not int or not 0 <= skipped < 2**63:
+            raise ValueError("skipped: must be a number of steps")
+        self.skipped = skipped
 
 
 def check_health(trainer: lightning.Trainer) -> None:

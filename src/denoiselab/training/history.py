@@ -20,7 +20,9 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from denoiselab.runs.folder import write_text
+from denoiselab.evaluation.records import Number
+from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.folder import from_json, open_own, read_small, write_text
 
 log = logging.getLogger(__name__)
 METRICS, TRACE, NUMBERS, SAMPLES = "metrics.csv", "trace.csv", "metrics.jsonl", "samples"
@@ -28,8 +30,9 @@ METRICS, TRACE, NUMBERS, SAMPLES = "metrics.csv", "trace.csv", "metrics.jsonl", 
 
 def rewind(run_dir: Path, step: int) -> None:
     """Leave in the three files, and of the pictures, what belongs to the steps up to this one."""
-    for picture in (run_dir / SAMPLES).glob("step_*.png"):
-        if (number := re.match(r"step_(\d+)_", picture.name)) and int(number[1]) > step:
+    pictures = run_dir / SAMPLES
+    for picture in () if pictures.is_symlink() else pictures.glob("step_*.png"):
+        if (number := re.match(r"step_([0-9]{1,18})_", picture.name)) and int(number[1]) > step:
             picture.unlink()
     for name in (METRICS, TRACE):
         if (run_dir / name).exists():
@@ -42,25 +45,47 @@ def rewind(run_dir: Path, step: int) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """The whole rows of a CSV file with a column `step`; none if there is no file."""
-    lines = _whole_lines(path)
-    return [row for row in csv.DictReader(lines) if None not in row.values() and row.get("step", "").isdigit()]
+    """The whole rows of a CSV file: a step, and in each column a number or nothing; none if there is no file.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    try:
+        return [row for row in csv.DictReader(_whole_lines(path)) if _is_whole(row)]
+    except csv.Error as error:
+        raise ConfigError(f"{path}: is damaged ({error})") from error
+
+
+def _is_whole(row: Mapping[Any, Any]) -> bool:
+    step = row.get("step")
+    if not (isinstance(step, str) and step.isascii() and step.isdecimal() and len(step) < 19):
+        return False
+    try:  # of a row that is too short or too long, a field is None or a list
+        return all(field == "" or isinstance(float(field), float) for field in row.values())
+    except (TypeError, ValueError):
+        return False
 
 
 def read_numbers(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; none if there is no file."""
+    """The whole lines of metrics.jsonl, each a `Number` of some step; none if there is no file.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
     found = []
     for line in _whole_lines(path):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:  # the machine went down before the disk had it all
+            record = from_json(line)
+            if Number.from_dict(record).protocol.get("step") is not None:
+                found.append(record)
+        except ValueError:  # the machine went down before the disk had it all
             continue
-    return [line for line in found if isinstance(line, dict) and "step" in line.get("protocol", {})]
+    return found
 
 
 def _whole_lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(errors="replace").splitlines(keepends=True)
+        lines = read_small(path).decode(errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return []
     return [line for line in lines if line.endswith("\n") and "\0" not in line]
@@ -89,7 +114,7 @@ def append_text(path: Path, text: str) -> None:
     Raises:
         OSError: if the disk does not take it; none of it is there then.
     """
-    with path.open("ab", buffering=0) as file:
+    with open_own(path, "ab", buffering=0) as file:
         size = file.tell()
         try:
             data = text.encode()

@@ -191,24 +191,33 @@ class DiffusionModule(lightning.LightningModule):
         begun = {key: raw[key].to(torch.float32, copy=True) for key, _ in self.network.named_parameters()}
         averages = {name: checkpoint["ema"].get(name, begun) for name in self.ema.decays}
         self.ema.load_state_dict({"averages": averages, "updates": checkpoint["ema_updates"]})
-        count_batches(checkpoint, self.trainer.accumulate_grad_batches)
+        loop = self.trainer.fit_loop.state_dict()
+        count_batches(loop, checkpoint["global_step"], self.trainer.accumulate_grad_batches)
+        checkpoint["loops"] = {"fit_loop": loop}  # the file's own counts have no say: all of them follow from the step
 
 
-def count_batches(checkpoint: dict[str, Any], accumulate: int) -> None:
-    """Make Lightning count on from the checkpoint's step, whatever its micro-batches were, in its one endless epoch.
+def count_batches(loop: dict[str, Any], step: int, accumulate: int) -> None:
+    """Make Lightning count on from a step, whatever the micro-batches were until then, in its one endless epoch.
 
     Args:
-        checkpoint: as loaded; changed in place.
+        loop: the state of a fit loop that has not begun; changed in place.
+        step: finished optimizer steps.
         accumulate: micro-batches per step from now on.
     """
-    loop = checkpoint["loops"]["fit_loop"]
-    batches = checkpoint["global_step"] * accumulate
+    batches = step * accumulate
     count = {"ready": batches, "started": batches, "processed": batches, "completed": batches - 1}  # as it is at a save
     epoch = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
-    loop["epoch_loop.batch_progress"].update(total=dict(count), current=dict(count), is_last_batch=False)
-    none = dict.fromkeys(count, 0)  # or the first validation after a resume would leave out as many batches
-    loop["epoch_loop.val_loop.batch_progress"].update(total=dict(none), current=dict(none), is_last_batch=False)
-    loop["epoch_progress"].update(total=dict(epoch), current=dict(epoch))
+    steps = {"ready": step, "completed": step}
+    for key, counts in (
+        ("epoch_loop.batch_progress", count),
+        ("epoch_progress", epoch),
+        ("epoch_loop.scheduler_progress", steps),
+    ):
+        loop[key].update(total=dict(counts), current=dict(counts))
+    optimizer = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    optimizer["step"].update(total=dict(steps), current=dict(steps))
+    optimizer["zero_grad"].update(total=steps | {"started": step}, current=steps | {"started": step})
+    loop["epoch_loop.state_dict"] = {"_batches_that_stepped": step - 1}  # likewise
 
 
 def condition_of(batch: dict[str, Tensor]) -> Condition:

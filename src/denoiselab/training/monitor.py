@@ -153,8 +153,16 @@ class TrainingMonitor(Callback):
         return {"window": self.window}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with the steps since the last row."""
-        self.window = state_dict["window"]
+        """Go on with the steps since the last row.
+
+        Raises:
+            ValueError: if they are not as `read` makes them.
+        """
+        window, columns = state_dict["window"], 2 * (len(EDGES) + 1) + 3
+        for row in window:
+            if type(row) is not list or len(row) != columns or {*map(type, row)} != {float}:
+                raise ValueError(f"window: must be rows of {columns} numbers")
+        self.window = window
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Validation is not training time."""

@@ -13,6 +13,8 @@ from typing import Any, Literal
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from denoiselab.runs.checks import show
+from denoiselab.runs.folder import read_json
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of, step_name, step_of, verify, written_step
 from denoiselab.training.checkpoint_io import AtomicCheckpointIO, link_atomically, write_atomically
 from denoiselab.training.health import check_health
@@ -235,16 +237,16 @@ class Checkpoints(Callback):
         if not note.exists():
             return
         try:
-            read = json.loads(note.read_bytes())
+            read = read_json(note)
             if (read["metric"], read["mode"]) != (self.best, self.best_mode):
-                log.warning("%s: is of %s (%s); it begins anew", note, read["metric"], read["mode"])
+                log.warning("%s: is of %s (%s); it begins anew", note, show(read["metric"]), show(read["mode"]))
                 return
             step, value, best = int(read["step"]), float(read["value"]), folder / BEST
             if written_step(best) != step and self._is_good(folder / step_name(step)):
                 link_atomically(folder / step_name(step), best)
             if not math.isfinite(value) or written_step(best) != step:
                 raise ValueError(f"{BEST} is not of step {step}")
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
             log.warning("%s: cannot be used (%s: %s); the best begins anew", note, type(error).__name__, error)
             return
         self._best_value = value

@@ -59,6 +59,8 @@ class TrainerSettings:
         self.devices = (gpus if self.accelerator == "gpu" else 1) if devices == "auto" else int(devices)
         if self.accelerator == "gpu" and self.devices > gpus:
             raise ValueError(f"devices={devices}: this machine has {gpus} GPUs")
+        if self.accelerator == "cpu" and self.devices > max(64, os.cpu_count() or 1):
+            raise ValueError(f"devices={devices}: this machine has {os.cpu_count()} cores")
         at_least_one = {
             "devices": self.devices,
             "num_nodes": num_nodes,
