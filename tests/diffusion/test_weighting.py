@@ -178,7 +178,7 @@ def test_ranges():
         (lambda: P2(k=0.0), "k=0.0: must be positive"),
         (lambda: P2(gamma=-1.0), "gamma=-1.0: must be at least 0"),
         (lambda: EDMWeight(sigma_data=0.0), "sigma_data=0.0: must be positive"),
-        (lambda: LearnedUncertainty(over=Unit(), channels=0), "channels=0: must be at least 1"),
+        (lambda: LearnedUncertainty(over=Unit(), channels=0), "channels=0: must be from 1 to 65536"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             make()
