@@ -104,7 +104,8 @@ def _handing_on(file: Path) -> Iterator[None]:
                 note(signal.sigwait({number}))
             if len(received) > noted:
                 noted = len(received)
-                file.write_text("".join(f"{signal.Signals(number).name}\n" for number in received))
+                with suppress(OSError):  # a full disk must not keep the signal from the ranks
+                    file.write_text("".join(f"{signal.Signals(number).name}\n" for number in received))
             for child in multiprocessing.active_children():  # some may not be there yet when a signal comes
                 for number in received[told.get(child.pid, 0) :]:
                     with suppress(ProcessLookupError):
