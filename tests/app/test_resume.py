@@ -491,8 +491,12 @@ def test_a_branch_that_was_killed_before_its_first_save_goes_on_from_where_it_be
     assert rows(folder, "trace.csv") == whole
 
 
-def test_a_branch_begins_with_its_checkpoint(run):
-    from_step = run / FOLDER / step_name(2)
+@pytest.mark.parametrize("name", [step_name(2), "best.ckpt"])
+def test_a_branch_begins_with_its_checkpoint(run, name):
+    from_step = run / FOLDER / name
+    if name == "best.ckpt":
+        from_step.unlink(missing_ok=True)
+        (run / FOLDER / step_name(2)).rename(from_step)
     done = go_on(run.parent, f"resume={from_step}", "run=branch", "trainer.max_steps=3", "schedule.steps=4")
     assert done.code == 0, done.err
     held = [path.name for path in checkpoints_of(run.parent / "branch" / FOLDER)]

@@ -106,7 +106,7 @@ def open_job(
         config=config,
         folder=str(folder),
         threads=training.settings.choose_threads(),
-        checkpoint=None if start.checkpoint is None else str(folder / FOLDER / start.checkpoint.name),
+        checkpoint=None if start.checkpoint is None else str(_as_own(start.checkpoint, folder / FOLDER)),
         data=data,
         notes=(
             *again,
@@ -178,7 +178,7 @@ def open_folder(
             raise ConfigError(f"run={folder}: another process has just begun a run there")
         elif start.checkpoint is not None:  # of another run: from here on, this one's own
             (folder / FOLDER).mkdir(exist_ok=True)
-            link_atomically(start.checkpoint, folder / FOLDER / step_name(step))
+            link_atomically(start.checkpoint, _as_own(start.checkpoint, folder / FOLDER))
         write_json(folder / COMMAND, {"command": command_line(), **how})
         write_json(folder / VERSIONS, versions())
         write_json(folder / CONFIG, config)  # last for a new run: what has a config is a run
@@ -187,6 +187,11 @@ def open_folder(
     except OSError as error:
         raise ConfigError(f"run={folder}: cannot be written to ({error.strerror or error})") from error
     return folder
+
+
+def _as_own(checkpoint: Path, own: Path) -> Path:
+    """Where a checkpoint is among the run's own: a branch has its origin's under the name of its step."""
+    return checkpoint if checkpoint.parent.resolve() == own.resolve() else own / step_name(first_step(checkpoint))
 
 
 def first_step(checkpoint: Path | None) -> int:
