@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from denoiselab.app.compose import command, gather
 from denoiselab.app.resume import restore_overrides
@@ -10,7 +11,25 @@ from denoiselab.app.resume import restore_overrides
 
 def train_command() -> None:
     """`denoiselab-train`; what a resumed run was started with need not be typed again."""
+    sys.argv[1:] = [_for_launcher(argument) for argument in sys.argv[1:]]
     command("train", "denoiselab.app.train:train", complete=restore_overrides)
+
+
+def _for_launcher(argument: str) -> str:
+    """What people are used to type of a sweep, as our launchers have it."""
+    key, _, value = argument.partition("=")
+    return {"--dry-run": "hydra.launcher.dry_run=true", "hydra.sweep.dir": f"hydra.launcher.folder={value}"}.get(
+        key, argument
+    )
+
+
+def sweep_command() -> None:
+    """`denoiselab-sweep`; what to do and the folder may stand alone."""
+    alone = [a for a in sys.argv[1:] if not a.startswith("-") and ("=" not in a or Path(a).exists())]
+    quoted = [argument.replace("'", r"\'") for argument in alone]
+    named = [f"{key}='{word}'" for key, word in zip(("action", "sweep"), quoted, strict=False)]
+    sys.argv[1:] = [*named, *alone[2:], *(argument for argument in sys.argv[1:] if argument not in alone)]
+    command("sweep", "denoiselab.app.sweep:sweep_command")
 
 
 def sample_command() -> None:

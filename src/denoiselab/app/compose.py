@@ -39,6 +39,7 @@ from denoiselab.runs.secrets import (
 )
 from denoiselab.runs.signals import held_back, stopping
 
+Composition = tuple[dict[str, Any], dict[str, str], list[str]]  # config, choice of each group, overrides
 KEPT = 500  # characters at either end of a long message
 
 
@@ -59,12 +60,22 @@ def command(config_name: str, task: str, complete: Callable[[list[str]], list[st
         task: "module:function" of (config, choice of each group, overrides); imported after composition.
         complete: makes the arguments to compose of those that were typed.
     """
+    with answering():
+        composed = _compose(config_name, complete)
+        for job in composed.jobs:  # several with --multirun and Hydra's own launcher
+            with held_back():  # libraries answer an interrupted import in ways of their own
+                run = get_method(task.replace(":", "."))
+            run(*job)
+        for conclude in composed.closing:
+            conclude()
+
+
+@contextlib.contextmanager
+def answering() -> Iterator[None]:
+    """Inside, signals stop what is done, and errors end the program with one line and their exit code; see `command`."""
     try:
         with stopping():
-            for job in _compose(config_name, complete):  # several with --multirun
-                with held_back():  # libraries answer an interrupted import in ways of their own
-                    run = get_method(task.replace(":", "."))
-                run(*job)
+            yield
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.code)
@@ -76,32 +87,74 @@ def command(config_name: str, task: str, complete: Callable[[list[str]], list[st
         sys.exit(2 if mistake else 1)
 
 
-def _compose(config_name: str, complete: Callable[[list[str]], list[str]]) -> list[tuple[Any, ...]]:
-    """The jobs that the command line asks for: config, choice of each group, overrides.
+class Composed:
+    """What Hydra composes, kept for later: it would add lines of its own to any error raised while it works.
 
-    Raises:
-        ConfigError: if it cannot be composed.
+    A launcher of ours, which works while Hydra does, finds everything that it needs here: it takes the jobs that it has had
+    composed, and starts them itself.
     """
-    jobs: list[tuple[Any, ...] | Exception] = []
-    secrets = [*environment_secrets(os.environ), *argument_secrets(sys.argv[1:])]
-    redact_terminal(secrets)
-    typed = complete(sys.argv[1:])
-    sys.argv[1:] = redact_arguments(typed, secrets)  # Hydra, and W&B later, see nothing else
-    hidden = [new.partition("=")[0].lstrip("+~") for old, new in zip(typed, sys.argv[1:], strict=True) if old != new]
 
-    def compose(config: DictConfig) -> None:
-        """Keep the job for later: Hydra would add lines of its own to any error raised in here."""
+    def __init__(self, secrets: list[str]) -> None:
+        self.secrets = secrets
+        self.jobs: list[Composition] = []
+        self.problem: Exception | None = None
+        self.hidden: list[str] = []  # keys whose values look like secrets
+        self.closing: list[Callable[[], None]] = []  # what is to be said when all jobs are done
+        self._terminal, self._environment = sys.stdout, dict(os.environ)
+
+    def __call__(self, config: DictConfig) -> None:
+        """Keep the config that Hydra has just composed, without secrets, as plain data."""
         context = HydraConfig.get()
         choices = {str(group): str(choice) for group, choice in context.runtime.choices.items()}
         try:
             plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-            shown = redact(plain, secrets)
-            hidden.extend(changed_keys(plain, shown))
-            jobs.append((shown, choices, list(context.overrides.task)))
         except OmegaConfBaseException as error:
-            jobs.append(error)
+            self.problem = self.problem or error
+            return
+        shown = redact(plain, self.secrets)
+        self.hidden.extend(changed_keys(plain, shown))
+        self.jobs.append((shown, choices, list(context.overrides.task)))
 
-    asked = os.environ.get("HYDRA_FULL_ERROR")
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Inside, the terminal and the environment are as they were before Hydra began."""
+        during = dict(os.environ)
+        with contextlib.redirect_stdout(self._terminal):
+            try:
+                _set_environment(self._environment)
+                yield
+            finally:
+                _set_environment(during)
+
+    def check(self) -> None:
+        """See to it that all could be composed, and say which values have been taken for secrets.
+
+        Raises:
+            OmegaConfBaseException: otherwise.
+        """
+        if self.problem is not None:
+            raise self.problem
+        if self.hidden:
+            keys = ", ".join(dict.fromkeys(self.hidden))
+            print(f"warning: {keys}: looks like a secret, and is {MASK} from here on", file=sys.stderr)
+            self.hidden.clear()
+
+
+def _compose(config_name: str, complete: Callable[[list[str]], list[str]]) -> Composed:
+    """The jobs that the command line asks for, or those of a sweep done.
+
+    Raises:
+        ConfigError: if it cannot be composed.
+    """
+    secrets = [*environment_secrets(os.environ), *argument_secrets(sys.argv[1:])]
+    redact_terminal(secrets)
+    typed = complete(sys.argv[1:])
+    sys.argv[1:] = redact_arguments(typed, secrets)  # Hydra, and W&B later, see nothing else
+    composed = Composed(secrets)
+    composed.hidden = [
+        new.partition("=")[0].lstrip("+~") for old, new in zip(typed, sys.argv[1:], strict=True) if old != new
+    ]
+    before = dict(os.environ)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints several lines and exits with 1 itself
     try:
         with (
@@ -109,22 +162,21 @@ def _compose(config_name: str, complete: Callable[[list[str]], list[str]]) -> li
             tempfile.TemporaryDirectory() as scratch,  # where Hydra writes the multirun.yaml that it insists on
         ):
             OmegaConf.register_new_resolver("scratch", lambda: scratch, replace=True)
-            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(compose)()
-    except (
-        Exception
-    ) as error:  # only composition happens in there, and Hydra answers odd overrides with errors of any kind
-        jobs = [error]
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=config_name)(composed)()
+        composed.check()
+    except (ConfigError, RankError):
+        raise
+    except Exception as error:  # Hydra answers odd overrides with errors of any kind
+        raise ConfigError(composition_message(error, sys.argv[1:])) from error
     finally:
-        os.environ.pop("HYDRA_FULL_ERROR")
-        if asked is not None:
-            os.environ["HYDRA_FULL_ERROR"] = asked
-    problem = next((job for job in jobs if isinstance(job, Exception)), None)
-    if problem is not None:
-        raise ConfigError(composition_message(problem, sys.argv[1:])) from problem
-    if hidden:
-        keys = ", ".join(dict.fromkeys(hidden))
-        print(f"warning: {keys}: looks like a secret, and is {MASK} from here on", file=sys.stderr)
-    return [job for job in jobs if isinstance(job, tuple)]
+        _set_environment(before)
+    return composed
+
+
+def _set_environment(environment: dict[str, str]) -> None:
+    for key in set(os.environ) - set(environment):
+        del os.environ[key]
+    os.environ.update(environment)
 
 
 def one_line(text: str) -> str:

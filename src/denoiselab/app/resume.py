@@ -14,6 +14,7 @@ from typing import Any
 from denoiselab.app.compose import config_folder
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import COMMAND, CONFIG, LOCK, STARTS, VERSIONS, WRITING, from_json, read_json, read_small
+from denoiselab.runs.sweep_folder import OF_A_JOB
 
 OF_THE_COMMAND = ("run", "resume", "allow", "trust")  # what a folder has no say in
 LONGEST = 20_000  # characters of an override
@@ -136,7 +137,7 @@ def find_start(config: dict[str, Any]) -> Start:
 
 def _is_free(folder: Path) -> bool:
     """Whether a folder without a config is empty, but for what a start leaves that was killed before it wrote one."""
-    left = (LOCK, WRITING, COMMAND, VERSIONS)
+    left = (LOCK, WRITING, COMMAND, VERSIONS, *OF_A_JOB)
     return folder.is_dir() and all(p.name in left or p.name.endswith(".partial") for p in folder.iterdir())
 
 

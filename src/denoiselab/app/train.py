@@ -61,11 +61,7 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
     if restored:  # part of this config comes from a file
         check_targets(config, config["trust"])
         config = without_consent(config, [override for override in overrides if override not in restored])
-    parts, training = make_training(config)
-    if not parts.metrics.extractors and parts.metrics.bits_per_dim is not None:
-        raise ConfigError(
-            "metrics=bits_per_dim: is measured by evaluate.py, on the finished run; train with metrics=none"
-        )
+    parts, training = check_run(config)
     given = int(os.environ.get("WORLD_SIZE", 1))
     if launched_from_outside() and given != training.settings.world_size:
         raise ConfigError(
@@ -105,6 +101,20 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
             if os.environ.get("RANK", "0") == "0":
                 conclude(Path(job.folder), error)
             raise
+
+
+def check_run(config: dict[str, Any]) -> tuple[Parts, Training]:
+    """What a run is made of, built and checked; nothing is created.
+
+    Raises:
+        ConfigError: if it cannot be, or cannot be trained.
+    """
+    parts, training = make_training(config)
+    if not parts.metrics.extractors and parts.metrics.bits_per_dim is not None:
+        raise ConfigError(
+            "metrics=bits_per_dim: is measured by evaluate.py, on the finished run; train with metrics=none"
+        )
+    return parts, training
 
 
 def conclude(run_dir: Path, error: BaseException) -> None:
