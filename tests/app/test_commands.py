@@ -152,23 +152,6 @@ def test_two_launches_in_the_same_second_get_two_folders(tmp_path, monkeypatch):
     assert all((p / "summary.json").is_file() for p in (tmp_path / "runs").iterdir())
 
 
-def test_a_multirun_is_one_run_after_the_other(tmp_path):
-    few = ["metrics=none", "trainer.max_steps=1"]
-    done = call("train", "-m", "objective=epsilon,v", *NETWORK, *SHORT, *few, cwd=tmp_path)
-    assert done.code == 0, done.err
-    assert [p.name for p in tmp_path.iterdir()] == ["runs"]
-    first, second = sorted((tmp_path / "runs").iterdir(), key=lambda p: (p / "config.json").stat().st_mtime_ns)
-    assert (first.name.split("-")[-1], second.name.split("-")[-1]) == ("epsilon", "v")
-    predictions = [json.loads((p / "config.json").read_text())["objective"]["prediction"] for p in (first, second)]
-    assert [p["_target_"].rpartition(".")[2] for p in predictions] == ["Epsilon", "V"]
-    for run, override in ((first, "objective=epsilon"), (second, "objective=v")):
-        assert json.loads((run / "summary.json").read_text())["status"] == "finished"
-        assert override in json.loads((run / "command.json").read_text())["overrides"]
-        (dashboard,) = run.glob("wandb/offline-run-*")
-        assert dashboard.name.endswith((run / "id").read_text().strip())
-    assert (first / "summary.json").stat().st_mtime_ns <= (second / "config.json").stat().st_mtime_ns
-
-
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_starting_from_the_weights_of_another_run_is_no_resume(weights, tiny_run, tmp_path):
     still = [

@@ -269,6 +269,8 @@ def test_a_mistake_in_a_multirun(tmp_path):
     check_refused(done, ["optimizer.lr=-1", "at least 0"], tmp_path)
     done = call("train", "-m", "objective=epsilon,nothing", *QUIET, cwd=tmp_path)
     check_refused(done, ["objective=nothing", "rectified_flow"], tmp_path)
+    done = call("train", "-m", "optimizer.lr=1e-3,${nothing}", *QUIET, cwd=tmp_path)
+    check_refused(done, ["nothing"], tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def read_sweep(folder: Path) -> Sweep:
     kinds = {"command": list, "launcher": dict, "directory": str, "metric": str | None, "jobs": list}
     if not isinstance(plain, dict) or any(not isinstance(plain.get(key), kind) for key, kind in kinds.items()):
         raise ConfigError(f"sweep={folder}: its {SWEEP} is none of ours")
-    if any(not isinstance(name, str) or Path(name).name != name or name in (".", "..") for name in plain["jobs"]):
+    if any(not isinstance(n, str) or not n or Path(n).name != n or n == ".." for n in plain["jobs"]):
         raise ConfigError(f"sweep={folder}: its {SWEEP} names jobs outside it")
     return Sweep(folder=folder.resolve(), **{key: plain[key] for key in kinds})
 
@@ -253,6 +253,9 @@ def read_jobs(sweep: Sweep) -> list[Job]:
     Raises:
         ConfigError: if one cannot be read.
     """
+    for folder in (sweep.folder / name for name in sweep.jobs):
+        if folder.is_symlink():
+            raise ConfigError(f"sweep={sweep.folder}: {folder.name} is a link")
     return [read_job(sweep.folder / name) for name in sweep.jobs]
 
 
