@@ -40,7 +40,7 @@ def begin(tmp_path, monkeypatch):
 
 def run(sweep, jobs, at_once=1, **how):
     lines = []
-    run_jobs(sweep, jobs, [Slot()] * at_once, say=lines.append, **how)
+    run_jobs(sweep, jobs, [Slot()] * at_once, total=len(jobs), say=lines.append, **how)
     return lines, [job.status for job in jobs]
 
 

@@ -50,14 +50,14 @@ def restore_overrides(arguments: list[str]) -> list[str]:
         return arguments
     except (ConfigError, TypeError, KeyError) as error:
         raise ConfigError(f"run={folder}: its {COMMAND} cannot be read") from error
-    odd = [o for o in stored if not _is_plain(o)] if isinstance(stored, list) else [stored]
+    odd = [o for o in stored if not is_plain(o)] if isinstance(stored, list) else [stored]
     if odd:
         raise ConfigError(f"run={folder}: {COMMAND} holds {str(odd[0])[:80]!r}, which is no override of a run")
     restored[:] = [o for o in stored if key_of(o) not in {*typed, *OF_THE_COMMAND}]
     return [*restored, *arguments]
 
 
-def _is_plain(override: Any) -> bool:
+def is_plain(override: Any) -> bool:
     """Whether an override can only set a value of the run's config, or choose one of the project's own YAML files.
 
     Hydra would take a choice such as `../../tmp/x` from anywhere, and build what its own keys name before anything is checked.

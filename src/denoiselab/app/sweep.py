@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import os
+import re
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from denoiselab.app.compose import Composition
+from denoiselab.app.resume import is_plain
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
 from denoiselab.runs.folder import command_line, held
@@ -33,12 +36,17 @@ from denoiselab.runs.sweep_folder import (
 )
 
 PATIENCE = 60.0  # seconds for the jobs of a sweep that was killed to save and end
-RESULTS = "results.csv"
+RESULTS, STUDY = "results.csv", "study.db"
+OF_A_SEARCH = re.compile(
+    r"hydra/sweeper=optuna|hydra\.launcher\.(jobs|metric|root|folder)=[^$]*"
+    r"|hydra\.sweeper\.(metric|mode|trials|seed|sampler|startup|pruner|warmup)=[\w./-]*"
+)
 LOCAL_KEYS: dict[str, Any] = {
     "folder": str | None,
     "root": str,
     "jobs": int | str,
     "metric": str | None,
+    "resume": bool,
     "dry_run": bool,
 }
 SWEEP_KEYS: dict[str, Any] = {
@@ -63,35 +71,43 @@ def check_local(settings: dict[str, Any]) -> None:
         raise ConfigError("-m: a sweep starts the processes of its jobs itself; start it once, without torchrun")
 
 
-def check_jobs(
-    varies: Sequence[Sequence[str]], composed: Sequence[Composition], check: Callable[[dict[str, Any]], Any]
-) -> None:
+def check_jobs(varies: Sequence[Sequence[str]], composed: Sequence[Composition]) -> None:
     """See to it that each job can begin, before any does.
 
     Args:
         varies: what tells each job from the others.
         composed: what they are.
-        check: raises if a config is refused.
 
     Raises:
         ConfigError: for the first that cannot; it says which, and how many there are.
     """
     refused: dict[str, str] = {}
     for some, (config, _, _) in zip(varies, composed, strict=True):
-        for key in ("run", "resume"):
-            if config.get(key) not in (None, "none"):
-                raise ConfigError(
-                    f"{key}={config[key]}: the jobs of a sweep have folders of their own; hydra.launcher.folder names theirs, "
-                    "and python scripts/sweep.py resume <folder> goes on with a sweep"
-                )
         try:
-            check(config)
+            check_job(config)
         except ConfigError as error:
             refused[",".join(some)] = str(error)
     if refused:
         name, reason = next(iter(refused.items()))
         others = f"; {len(refused)} of {len(composed)} jobs are refused" if len(composed) > 1 else ""
         raise ConfigError(f"{reason} (job {name}{others})" if len(composed) > 1 else reason)
+
+
+def check_job(config: dict[str, Any]) -> None:
+    """See to it that a job can begin.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    from denoiselab.app.train import check_run
+
+    for key in ("run", "resume"):
+        if config.get(key) not in (None, "none"):
+            raise ConfigError(
+                f"{key}={config[key]}: the jobs of a sweep have folders of their own; hydra.launcher.folder names theirs, "
+                "and python scripts/sweep.py resume <folder> goes on with a sweep"
+            )
+    check_run(config)
 
 
 @dataclass
@@ -101,35 +117,29 @@ class LocalSweep:
     Args:
         settings: of the launcher.
         typed: overrides of the command line.
+        trusted: packages, beside ours, whose classes a config from a file may name.
         sweep: once it has begun.
     """
 
     settings: dict[str, Any]
     typed: list[str]
+    trusted: list[str]
     sweep: Sweep | None = None
 
-    def launch(
-        self,
-        overrides: Sequence[Sequence[str]],
-        composed: Sequence[Composition],
-        prune: Callable[[Job], bool] | None = None,
-    ) -> list[Job]:
+    def launch(self, overrides: Sequence[Sequence[str]], composed: Sequence[Composition]) -> list[Job]:
         """Check the jobs, do them, and say how they have ended.
 
         Args:
             overrides: of each.
             composed: config, choices and overrides of each.
-            prune: as in `run_jobs`.
 
         Raises:
             ConfigError: if one is refused; then none has begun.
             Stopped: after a signal.
         """
-        from denoiselab.app.train import check_run
-
         check_local(self.settings)
         varies = [varying(some, self.typed) for some in overrides]
-        check_jobs(varies, composed, check_run)
+        check_jobs(varies, composed)
         if self.settings["dry_run"]:
             first = 0 if self.sweep is None else len(self.sweep.jobs)
             for number, some in enumerate(varies, first):
@@ -137,23 +147,33 @@ class LocalSweep:
             return []
         slots = make_slots(self.settings["jobs"], [config for config, _, _ in composed])
         if self.sweep is None:
-            self.sweep = self._begin(composed[0][0], varies)
+            self.begin(composed[0][0]["name"] or sweep_name(varies))
+        assert self.sweep is not None
         self.sweep, jobs = add_jobs(self.sweep, varies, composed)
-        with _resumable(self.sweep):
-            run_jobs(self.sweep, jobs, slots, say=_say, prune=prune)
+        with resumable(self.sweep):
+            run_jobs(self.sweep, jobs, slots, total=len(self.sweep.jobs), say=say)
         return jobs
 
-    def _begin(self, config: dict[str, Any], varies: Sequence[Sequence[str]]) -> Sweep:
-        folder, name = self.settings["folder"], config["name"] or sweep_name(varies)
-        what = {
-            "command": command_line(),
-            "launcher": {"kind": "local", "jobs": self.settings["jobs"]},
-            "directory": os.getcwd(),
-            "metric": self.settings["metric"],
-        }
-        sweep = make_sweep(Path(self.settings["root"]), None if folder is None else Path(folder), name, what)
-        print(f"sweep  {sweep.folder}")
-        return sweep
+    @property
+    def trust(self) -> list[str] | None:
+        """As in `job_command`: of a sweep that is gone on with, the configs come from a file."""
+        return self.trusted if self.settings["resume"] else None
+
+    def begin(self, name: str, metric: str | None = None) -> Sweep:
+        """Make the folder of the sweep, or take the one there is if it is to be gone on with."""
+        folder = None if self.settings["folder"] is None else Path(self.settings["folder"])
+        if self.settings["resume"] and folder is not None:
+            self.sweep = read_sweep(folder)
+        else:
+            what = {
+                "command": command_line(),
+                "launcher": {"kind": "local", "jobs": self.settings["jobs"]},
+                "directory": os.getcwd(),
+                "metric": self.settings["metric"] or metric,
+            }
+            self.sweep = make_sweep(Path(self.settings["root"]), folder, name, what)
+        print(f"sweep  {self.sweep.folder}")
+        return self.sweep
 
     def conclude(self) -> None:
         """Say how all has ended.
@@ -212,7 +232,10 @@ def sweep_command(options: dict[str, Any], choices: dict[str, str], overrides: l
 
 
 def _resume(sweep: Sweep, options: dict[str, Any]) -> None:
-    """Do what is unfinished, in the same folders."""
+    """Do what is unfinished, in the same folders; a search goes on to its last trial."""
+    if (sweep.folder / STUDY).exists():
+        resume_search(sweep, options)
+        return
     if options["jobs"] is not None:
         _check_at_once(options["jobs"], "jobs")
     at_once = options["jobs"] or sweep.launcher.get("jobs", 1)
@@ -222,14 +245,55 @@ def _resume(sweep: Sweep, options: dict[str, Any]) -> None:
     print(f"sweep  {sweep.folder}\n{len(todo)} of {len(sweep.jobs)} jobs to do")
     if not os.path.isdir(sweep.directory):
         raise ConfigError(f"sweep={sweep.folder}: was started from {sweep.directory}, which is not there")
-    with _resumable(sweep):
+    with resumable(sweep):
         for job in todo:
-            _wait_for(job)
-        run_jobs(sweep, todo, make_slots(at_once, [job.config for job in todo]), say=_say, trust=options["trust"])
+            wait_for(job)
+        slots = make_slots(at_once, [job.config for job in todo])
+        run_jobs(sweep, todo, slots, total=len(sweep.jobs), say=say, trust=options["trust"])
     conclude(sweep)
 
 
-def _wait_for(job: Job) -> None:
+def resume_search(sweep: Sweep, options: dict[str, Any]) -> None:
+    """Go on with a search by the command that it was begun with.
+
+    Raises:
+        ConfigError: if its folder holds another command than one that searches.
+    """
+    from denoiselab.app import train_command
+
+    words = sweep.command[1:]
+    odd = [w for w in words if not (isinstance(w, str) and _is_of_a_search(w))]
+    if odd or not words:
+        raise ConfigError(f"sweep={sweep.folder}: its command holds {str(odd)[:80]}, which is no override of a search")
+    kept = [w for w in words if w.partition("=")[0] not in ("trust", "hydra.launcher.folder", "hydra.launcher.root")]
+    folder = str(sweep.folder).replace("'", r"\'")
+    jobs = [] if options["jobs"] is None else [f"hydra.launcher.jobs={options['jobs']}"]
+    trust = f"trust=[{','.join(options['trust'])}]"
+    os.chdir(sweep.directory)
+    sys.argv[1:] = [*kept, *jobs, trust, f"hydra.launcher.folder='{folder}'", "hydra.launcher.resume=true"]
+    train_command()
+
+
+def _is_of_a_search(word: str) -> bool:
+    """Whether a word of a command line can only set or search values of a run's config, or be about the search itself."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import IntervalSweep
+    from hydra.errors import OverrideParseException
+
+    if word in ("-m", "--multirun") or OF_A_SEARCH.fullmatch(word):
+        return True
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except OverrideParseException:
+        return False
+    if not override.is_sweep_override():
+        return is_plain(word)
+    key, interval = override.get_key_element(), isinstance(override.value(), IntervalSweep)
+    values = ["0"] if interval else override.sweep_string_iterator()
+    return all(is_plain(f"{key}={value}") for value in values)
+
+
+def wait_for(job: Job) -> None:
     """Wait until the processes of a sweep that was killed have saved.
 
     Raises:
@@ -263,7 +327,7 @@ def _status(sweep: Sweep, options: dict[str, Any]) -> None:
         status = look(job, sweep.metric)
         if status != job.status:
             write_status(job.folder, status)
-    _print(sweep)
+    print_sweep_of(sweep)
 
 
 def _collect(sweep: Sweep, options: dict[str, Any]) -> None:
@@ -276,7 +340,7 @@ def _collect(sweep: Sweep, options: dict[str, Any]) -> None:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(table)
-    _print(sweep)
+    print_sweep_of(sweep)
     print(f"written to {sweep.folder / RESULTS}")
 
 
@@ -286,7 +350,7 @@ def conclude(sweep: Sweep) -> None:
     Raises:
         RankError: if a job has failed.
     """
-    _print(sweep)
+    print_sweep_of(sweep)
     states = [job.status.state for job in read_jobs(sweep)]
     failed = states.count("failed")
     if failed:
@@ -295,7 +359,8 @@ def conclude(sweep: Sweep) -> None:
         )
 
 
-def _print(sweep: Sweep) -> None:
+def print_sweep_of(sweep: Sweep) -> None:
+    """The table of a sweep, on the terminal."""
     from rich.console import Console
 
     from denoiselab.reports.sweep_table import print_sweep
@@ -308,12 +373,13 @@ def _check_at_once(value: int | str, key: str) -> None:
         raise ConfigError(f"{key}={value}: must be at least 1, or auto for as many as have GPUs of their own")
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Show a line at once."""
     print(line, flush=True)
 
 
 @contextmanager
-def _resumable(sweep: Sweep) -> Iterator[None]:
+def resumable(sweep: Sweep) -> Iterator[None]:
     """Inside, who stops a sweep is told how to go on."""
     try:
         yield

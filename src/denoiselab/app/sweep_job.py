@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from denoiselab.app.compose import answering
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
@@ -65,7 +66,17 @@ def main() -> None:
             if first:
                 with held_back():
                     done = ended(job.folder, status, code, error, metric)
+                    if metric is not None and done.metric is None:
+                        done = replace(done, metric=_last_logged(job.folder, metric))
                     write_status(job.folder, replace(done, seconds=round(time.time() - began, 1)))
+
+
+def _last_logged(folder: Path, metric: str) -> dict[str, Any] | None:
+    """The newest value of a number that is not in the summary."""
+    from denoiselab.training.history import series
+
+    values = series(folder, metric)
+    return {"name": metric, "value": values[max(values)]} if values else None
 
 
 def _end_with_parent() -> None:

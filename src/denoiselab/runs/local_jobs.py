@@ -14,8 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +50,7 @@ class Slot:
 class _Running:
     job: Job
     slot: Slot
+    place: str
     process: subprocess.Popen[bytes]
     began: float
     looked: float
@@ -99,38 +99,48 @@ def job_command(folder: Path, slot: Slot | None = None, trust: Sequence[str] | N
 
 def run_jobs(
     sweep: Sweep,
-    jobs: Sequence[Job],
+    jobs: Iterable[Job],
     slots: Sequence[Slot],
     *,
+    total: int,
     say: Callable[[str], None],
     trust: Sequence[str] | None = None,
     prune: Callable[[Job], bool] | None = None,
+    done: Callable[[Job], None] | None = None,
 ) -> None:
     """Do the jobs, one in each slot at a time, and write down how each ends.
 
     Args:
         sweep: that they belong to.
-        jobs: in the order in which they begin.
+        jobs: the next is asked for when there is a slot for it.
         slots: as many as jobs work at a time.
+        total: how many jobs there are or will be.
         say: shows a line.
         trust: as in `job_command`.
         prune: is asked now and then whether a running job shall stop.
+        done: is told of each that has ended.
 
     Raises:
         Stopped: if a signal stops them; they have saved.
     """
-    waiting, free = deque(jobs), list(slots)
+    waiting, free, more = iter(jobs), list(slots), True
     at_work: list[_Running] = []
     try:
-        while waiting or at_work:
-            while waiting and free:
-                at_work.append(_start(sweep, waiting.popleft(), free.pop(0), trust, say))
+        while more or at_work:
+            while more and free:
+                job = next(waiting, None)
+                if job is None:
+                    more = False
+                    break
+                at_work.append(_start(sweep, job, free.pop(0), f"[{job.number + 1}/{total}]", trust, say))
             time.sleep(POLL_SECONDS)
             for one in list(at_work):
                 if _is_over(one):
                     at_work.remove(one)
                     free.append(one.slot)
                     _conclude(sweep, one, say)
+                    if done is not None:
+                        done(one.job)
                 elif prune is not None and not one.pruned and time.monotonic() - one.looked > WATCH_SECONDS:
                     one.looked = time.monotonic()
                     if prune(one.job):
@@ -141,7 +151,9 @@ def run_jobs(
         raise
 
 
-def _start(sweep: Sweep, job: Job, slot: Slot, trust: Sequence[str] | None, say: Callable[[str], None]) -> _Running:
+def _start(
+    sweep: Sweep, job: Job, slot: Slot, place: str, trust: Sequence[str] | None, say: Callable[[str], None]
+) -> _Running:
     status = job.status
     write_status(job.folder, replace(status, state="running", exit_code=None, error=None))
     with open_own(job.folder / LOG, "ab", buffering=0) as log:
@@ -154,9 +166,8 @@ def _start(sweep: Sweep, job: Job, slot: Slot, trust: Sequence[str] | None, say:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    number = f"[{job.number + 1}/{len(sweep.jobs)}]"
-    say(f"{number} {job.name}: {'started' if status.attempts == 0 else 'goes on'}; {_near(job.folder / LOG)}")
-    return _Running(job, slot, process, time.monotonic(), time.monotonic())
+    say(f"{place} {job.name}: {'started' if status.attempts == 0 else 'goes on'}; {_near(job.folder / LOG)}")
+    return _Running(job, slot, place, process, time.monotonic(), time.monotonic())
 
 
 def _is_over(one: _Running) -> bool:
@@ -187,7 +198,7 @@ def _conclude(sweep: Sweep, one: _Running, say: Callable[[str], None]) -> None:
         status = replace(status, state="pruned")
     status = replace(status, seconds=round(seconds, 1))
     write_status(one.job.folder, status)
-    say(f"[{one.job.number + 1}/{len(sweep.jobs)}] {one.job.name}: {outcome(status)}")
+    say(f"{one.place} {one.job.name}: {outcome(status)}")
 
 
 def outcome(status: Status) -> str:

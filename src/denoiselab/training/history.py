@@ -56,6 +56,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         raise ConfigError(f"{path}: is damaged ({error})") from error
 
 
+def series(run_dir: Path, name: str) -> dict[int, float]:
+    """A logged number by step; `fd_digits_500` is metrics/fd_digits_500."""
+    rows = read_rows(run_dir / METRICS)
+    return {int(row["step"]): float(row[key]) for row in rows for key in (name, f"metrics/{name}") if row.get(key)}
+
+
 def _is_whole(row: Mapping[Any, Any]) -> bool:
     step = row.get("step")
     if not (isinstance(step, str) and step.isascii() and step.isdecimal() and len(step) < 19):

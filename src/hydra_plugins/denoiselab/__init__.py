@@ -1,4 +1,4 @@
-"""Launchers for Hydra's multirun. Hydra imports this at each start, so what is heavy is imported where it is used."""
+"""Launchers and a sweeper for Hydra's multirun; imported at each start, so what is heavy is imported where it is used."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep
+from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -49,15 +53,74 @@ class LocalLauncher(_SweepLauncher):
         dry_run: only say which jobs there are.
     """
 
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int, prune: Any = None) -> Any:
-        """Do the jobs; a job that fails is written down, and said once all are done."""
+    def local(self) -> Any:
+        """A sweep on this machine."""
         from denoiselab.app.sweep import LocalSweep
 
+        typed: Any = OmegaConf.to_container(self.config.hydra.overrides.task)
+        return LocalSweep(settings=self.settings, typed=typed, trusted=list(self.config.get("trust") or []))
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
+        """Do the jobs; a job that fails is written down, and said once all are done."""
         jobs = self.compose(job_overrides)
         if initial_job_idx == 0:
-            typed = OmegaConf.to_container(self.config.hydra.overrides.task)
-            self.sweep = LocalSweep(settings=self.settings, typed=typed)  # type: ignore[arg-type]
+            self.sweep = self.local()
             self.composed.closing.append(self.sweep.conclude)
         with self.composed.at_work():
-            done = self.sweep.launch(job_overrides, jobs, prune)
+            done = self.sweep.launch(job_overrides, jobs)
         return [JobReturn(overrides=job.overrides, _return_value=job, status=JobStatus.COMPLETED) for job in done]
+
+
+class OptunaSweeper(Sweeper):
+    """Asks optuna what to try next; see `denoiselab.app.search`.
+
+    Keys with several values or an interval are searched: `optimizer.lr=tag(log,interval(1e-4,1e-2))`, `backbone=unet,dit`,
+    `backbone.depth=int(interval(2,8))`.
+
+    Args:
+        metric: a number that a run logs, such as val/x0_mse or fd_digits_500.
+        mode: "min" or "max".
+        trials: how many, failed and pruned ones too.
+        seed: of what is asked.
+        sampler: "tpe" or "random".
+        startup: trials at random before the others.
+        pruner: "none", "median" or "halving": which trials are stopped early, by what they have logged of the metric.
+        warmup: training steps before a trial may be stopped.
+        params: further keys to search or to set, as on the command line.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Make the launcher."""
+        self.context, self.config = hydra_context, config
+        self.composed: Any = task_function
+        self.launcher: Any = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Search."""
+        from denoiselab.app.search import Search, as_distribution, run_search
+        from denoiselab.runs.errors import ConfigError
+
+        if not isinstance(self.launcher, LocalLauncher):
+            raise ConfigError("hydra/sweeper=optuna: needs hydra/launcher=local, whose jobs it can watch")
+        words = [f"{key}={value}" for key, value in (self.settings["params"] or {}).items()] + arguments
+        fixed: list[str] = []
+        space: dict[str, Any] = {}
+        for override in OverridesParser.create(config_loader=self.context.config_loader).parse_overrides(words):
+            key, value = override.get_key_element(), override.value()
+            space.pop(key, None)  # a later word about a key is the last
+            fixed = [word for word in fixed if word.partition("=")[0] != key]
+            if isinstance(value, IntervalSweep):
+                space[key] = as_distribution(key, None, value.start, value.end, "log" in value.tags)
+            elif override.is_sweep_override():
+                space[key] = as_distribution(key, list(override.sweep_string_iterator()), None, None, False)
+            else:
+                fixed.append(f"{key}={override.get_value_element_as_str()}")
+        name = None if self.config is None else self.config.name
+        with self.composed.at_work():
+            search = Search(self.settings, space)
+            run_search(search, self.launcher.local(), fixed, name, lambda o: self.launcher.compose([o])[0])
