@@ -1,0 +1,106 @@
+"""The Slurm that the other tests of this folder rely on: it runs jobs, and `down` leaves nothing of it and all of others."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from slurm_cluster import SCRIPT, clean_environment, control, missing_programs, running_cluster
+
+
+def processes_of(folder):
+    """The live processes that name a folder in their command or environment, but this one."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            named = [(process / name).read_bytes() for name in ("cmdline", "environ")]
+        except OSError:
+            continue
+        if process.name != str(os.getpid()) and any(str(folder).encode() in text for text in named):
+            found.append(named[0].replace(b"\0", b" ").decode())
+    return found
+
+
+@pytest.mark.slurm
+def test_a_job_runs_on_each_node(slurm):
+    for node in ("n1", "n2"):
+        job = slurm.submit(f"--nodelist={node}", script='echo "hello from $SLURMD_NODENAME"')
+        (record,) = slurm.wait(job)
+        assert (record["JobState"], record["ExitCode"]) == ("COMPLETED", "0:0")
+        assert slurm.output(job) == f"hello from {node}\n"
+
+
+@pytest.mark.slurm
+def test_one_step_runs_on_both_nodes(slurm):
+    job = slurm.submit(
+        "--nodes=2", script="srun --label bash -c 'echo $SLURMD_NODENAME $SLURM_PROCID of $SLURM_NTASKS'"
+    )
+    slurm.wait(job, "COMPLETED")
+    assert sorted(slurm.output(job).splitlines()) == ["0: n1 0 of 2", "1: n2 1 of 2"]
+
+
+@pytest.mark.slurm
+def test_every_task_of_an_array_runs(slurm):
+    job = slurm.submit("--array=0-3%2", script="echo hello $SLURM_ARRAY_TASK_ID of $SLURM_ARRAY_TASK_COUNT")
+    records = slurm.wait(job, "COMPLETED")
+    assert sorted(record["ArrayTaskId"] for record in records) == ["0", "1", "2", "3"]
+    assert [slurm.output(f"{job}_{i}") for i in range(4)] == [f"hello {i} of 4\n" for i in range(4)]
+
+
+@pytest.mark.slurm
+def test_a_job_that_fails_says_so(slurm):
+    (record,) = slurm.wait(slurm.submit(script="exit 3"))
+    assert (record["JobState"], record["ExitCode"]) == ("FAILED", "3:0")
+
+
+@pytest.mark.slurm
+def test_another_slurm_beside_it_goes_with_its_jobs_and_leaves_this_one(slurm):
+    mine = slurm.submit("--nodes=2", script="srun sleep 60")
+    with running_cluster(nodes=1) as other:
+        stubborn = "trap '' TERM; env --ignore-environment sleep 300 & sleep 300; sleep 300"
+        job = other.submit(script=f'srun bash -c "{stubborn}"')
+        slurm.wait(mine, "RUNNING")
+        other.wait(job, "RUNNING")
+        assert any("slurmstepd" in process for process in processes_of(other.folder))
+    assert processes_of(other.folder) == []
+    assert slurm.states(mine) == ["RUNNING"]
+    slurm.run("scancel", mine)
+    slurm.wait(mine, "CANCELLED")
+
+
+@pytest.mark.slurm
+def test_a_start_that_fails_stops_what_it_had_started(slurm, tmp_path):
+    folder, broken = slurm.folder.with_name(f"{slurm.folder.name}-x"), tmp_path / "slurmd"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    environment = clean_environment()
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    done = subprocess.run(
+        [str(SCRIPT), "up", str(folder)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert "could not start: slurmd" in done.stderr
+    assert processes_of(folder) == []
+    control("up", str(folder), "1")
+    control("down", str(folder))
+    assert processes_of(folder) == []
+
+
+@pytest.mark.slurm
+def test_down_of_nothing_is_nothing(slurm, tmp_path):
+    folder = slurm.folder / "nothing"
+    control("down", str(folder))
+    control("down", str(folder))
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["up"], ["up", "/tmp/x", "0"], ["up", "/tmp/x", "2", "many"], ["down"], ["reset"]]
+)
+def test_a_wrong_call_is_one_line(words):
+    if "up" in words and missing_programs():
+        pytest.skip("no Slurm here: it is asked for first")
+    done = subprocess.run([str(SCRIPT), *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("slurm_local.sh: usage: ")
+    assert done.stderr.count("\n") == 1
