@@ -5,8 +5,8 @@
 #   scripts/slurm_local.sh up DIR [NODES=2] [CPUS=4]  start; prints the line that makes sbatch and squeue speak to it
 #   scripts/slurm_local.sh down DIR                  end its jobs and stop what `up DIR` started, and nothing else
 #
-# All state is below DIR and the ports are chosen among the free ones, so several can run side by side. The nodes n1, n2, …
-# have no host names: processes of several nodes meet at MASTER_ADDR=127.0.0.1 with GLOO_SOCKET_IFNAME=lo.
+# All state is below DIR, and ports and the first job's number are its own, so several can run side by side. The nodes n1,
+# n2, … have no host names: processes of several nodes meet at MASTER_ADDR=127.0.0.1 with GLOO_SOCKET_IFNAME=lo.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 PACKAGES=(munge slurmctld slurmd slurm-client)
@@ -30,10 +30,11 @@ install_packages() {
 
 # --- starting -------------------------------------------------------------------------------------------------------
 
-free_ports() {  # COUNT: the first of as many consecutive ports that nobody listens on, below those of outgoing connections
+# Neither among those of outgoing connections (from 32768) nor those that Lightning makes of a job's number (15000 to 24999).
+free_ports() {  # COUNT: the first of as many consecutive ports that nobody listens on
   local first port _
   for _ in {1..50}; do
-    first=$((20000 + RANDOM % 10000))
+    first=$((25000 + RANDOM % 7000))
     for ((port = first; port < first + $1; port++)); do
       if (: <"/dev/tcp/127.0.0.1/$port") 2>/dev/null; then continue 2; fi
     done
@@ -51,6 +52,8 @@ ClusterName=local
 SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$port
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+# jobs of two Slurms on one machine would else make the same port of the same number
+FirstJobId=$port
 SlurmUser=$user
 SlurmdUser=$user
 AuthType=auth/munge
@@ -117,7 +120,6 @@ start() {  # NODES CPUS: fails unless every node is idle within some seconds
 up() {  # NODES CPUS
   local attempt
   [ -z "$(missing)" ] || fail "$(missing | paste -sd' ') not found: scripts/slurm_local.sh install"
-  [[ $1 =~ ^[1-9][0-9]?$ && $2 =~ ^[1-9][0-9]*$ ]] || usage
   [ -z "$(ours)" ] || fail "$DIR: is up already"
   for attempt in 1 2 3; do  # somebody may have taken a port in between
     if start "$1" "$2"; then
@@ -170,7 +172,11 @@ folder() {  # Slurm's files cannot quote, and a socket's path is short
 
 case ${1-}:$# in
   install:1) install_packages ;;
-  up:[234]) folder "$2"; up "${3:-2}" "${4:-4}" ;;
+  up:[234])
+    folder "$2"
+    [[ ${3-2} =~ ^[1-9][0-9]?$ && ${4-4} =~ ^[1-9][0-9]*$ ]] || usage
+    up "${3-2}" "${4-4}"
+    ;;
   down:2) folder "$2"; down ;;
   *) usage ;;
 esac

@@ -15,7 +15,7 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[2] / "scripts" / "slurm_local.sh"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 SYSTEM = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-RUNNING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED")
+UNFINISHED = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED")
 
 
 def missing_programs() -> list[str]:
@@ -84,7 +84,7 @@ class Cluster:
         while True:
             records = self.records(job)
             found = [record["JobState"] for record in records]
-            if found and all(state in states if states else state not in RUNNING for state in found):
+            if found and all(state in states if states else state not in UNFINISHED for state in found):
                 return records
             assert time.monotonic() < end, f"job {job}: {found} after {seconds:g} s, not {states or 'ended'}"
             time.sleep(0.2)
