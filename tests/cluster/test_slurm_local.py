@@ -3,6 +3,7 @@
 import os
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -58,11 +59,15 @@ def test_a_job_that_fails_says_so(slurm):
 def test_another_slurm_beside_it_goes_with_its_jobs_and_leaves_this_one(slurm):
     mine = slurm.submit("--nodes=2", script="srun sleep 60")
     with running_cluster(nodes=1) as other:
-        stubborn = "trap '' TERM; env --ignore-environment sleep 300 & sleep 300; sleep 300"
-        job = other.submit(script=f'srun bash -c "{stubborn}"')
+        stray = other.folder / "stray.sh"
+        stray.write_text("trap '' TERM\nsleep 300\nsleep 300\n")
+        job = other.submit(script=f"srun bash -c 'env --ignore-environment bash {stray} & wait'")
         slurm.wait(mine, "RUNNING")
         other.wait(job, "RUNNING")
-        assert any("slurmstepd" in process for process in processes_of(other.folder))
+        end = time.monotonic() + 60
+        while not any(process.startswith(f"bash {stray}") for process in processes_of(other.folder)):
+            assert time.monotonic() < end, other.output(job)
+            time.sleep(0.1)
     assert processes_of(other.folder) == []
     assert slurm.states(mine) == ["RUNNING"]
     slurm.run("scancel", mine)
