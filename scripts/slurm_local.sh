@@ -97,7 +97,6 @@ daemon() { "$@" 2>>"$DIR/log/up" || { echo "could not start: $*" >>"$DIR/log/up"
 start() {  # NODES CPUS: fails unless every node is idle within some seconds
   local i idle
   mkdir -p "$DIR"/{state,log,spool,munge,pid}
-  chmod 755 "$DIR" "$DIR/munge"
   (umask 077 && head -c 1024 /dev/urandom >"$DIR/munge/key")
   write_config "$1" "$2" || return 1
   # --force: a folder above DIR may be the user's alone, which munge calls an error
