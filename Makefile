@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install prefetch train sample evaluate compare certify frontier study replay convert test test-slow check format clean
+.PHONY: help install prefetch train sample evaluate compare certify frontier study replay convert test test-slow test-slurm check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -53,7 +53,11 @@ test: check  ## check, then the default tests with coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report=term:skip-covered $(ARGS)
 
 test-slow: $(INSTALLED)  ## the longer tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m 'slow and not slurm' $(ARGS)
+
+test-slurm: $(INSTALLED)  ## the tests on a real Slurm, which is installed (Debian, as root or by sudo), started and stopped
+	scripts/slurm_local.sh install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm $(ARGS)
 
 check: $(INSTALLED)  ## formatting, lint, types, import arrows
 	$(BIN)/ruff format --check --quiet .
