@@ -35,7 +35,7 @@ from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.local_jobs import run_jobs
 from denoiselab.runs.sweep_folder import Job, Status, Sweep, add_jobs, read_job, sweep_name, write_status
-from denoiselab.training.history import series
+from denoiselab.training.history import METRICS, read_rows, series
 
 PICTURE = "search.png"
 FOLDER = "folder"  # attribute of a trial: the folder of its job
@@ -148,10 +148,9 @@ class Search:
         if status.state in ("queued", "running", "preempted", "interrupted"):
             return  # it goes on when the search does
         value = (status.metric or {}).get("value")
-        if status.state == "finished" and value is None:
-            from denoiselab.training.history import METRICS, read_rows
-
-            logged = sorted({key for row in read_rows(job.folder / METRICS) for key, cell in row.items() if cell})
+        if status.state == "finished" and value is None and not series(job.folder, metric):
+            rows = read_rows(job.folder / METRICS)
+            logged = sorted({key for row in rows for key, cell in row.items() if cell and key != "step"})
             raise ConfigError(f"hydra.sweeper.metric={metric}: must be among what a job logs: {', '.join(logged)}")
         if status.state == "finished" and value is not None and math.isfinite(value):
             self.study.tell(trial, value)

@@ -278,13 +278,13 @@ def _is_of_a_search(word: str) -> bool:
     """Whether a word of a command line can only set or search values of a run's config, or be about the search itself."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import IntervalSweep
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     if word in ("-m", "--multirun") or OF_A_SEARCH.fullmatch(word):
         return True
     try:
         override = OverridesParser.create().parse_override(word)
-    except OverrideParseException:
+    except HydraException:
         return False
     if not override.is_sweep_override():
         return is_plain(word)

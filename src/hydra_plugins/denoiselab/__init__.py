@@ -23,7 +23,7 @@ class _SweepLauncher(Launcher):
     composed: Any  # what Hydra calls with each config: `app.compose.Composed`
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = settings
+        self.settings: Any = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Keep what is needed to compose."""
@@ -90,7 +90,7 @@ class OptunaSweeper(Sweeper):
     """
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = settings
+        self.settings: Any = OmegaConf.to_container(OmegaConf.create(settings), resolve=True)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Make the launcher."""
