@@ -27,7 +27,7 @@ def sweep_command() -> None:
     """`denoiselab-sweep`; what to do and the folder may stand alone."""
     alone = [a for a in sys.argv[1:] if not a.startswith("-") and ("=" not in a or Path(a).exists())]
     quoted = [argument.replace("'", r"\'") for argument in alone]
-    named = [f"{key}='{word}'" for key, word in zip(("action", "sweep"), quoted, strict=False)]
+    named = [f"{key}='{word}'" for key, word in zip(("action", "folder"), quoted, strict=False)]
     sys.argv[1:] = [*named, *alone[2:], *(argument for argument in sys.argv[1:] if argument not in alone)]
     command("sweep", "denoiselab.app.sweep:sweep_command")
 

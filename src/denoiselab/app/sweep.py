@@ -51,7 +51,7 @@ LOCAL_KEYS: dict[str, Any] = {
 }
 SWEEP_KEYS: dict[str, Any] = {
     "action": str | None,
-    "sweep": str | None,
+    "folder": str | None,
     "jobs": int | str | None,
     "failed": bool,
     "trust": list[str],
@@ -226,9 +226,9 @@ def sweep_command(options: dict[str, Any], choices: dict[str, str], overrides: l
     for key, annotation in SWEEP_KEYS.items():
         check_value(options[key], annotation, key)
     actions = {"resume": _resume, "status": _status, "collect": _collect}
-    if options["action"] not in actions or options["sweep"] is None:
+    if options["action"] not in actions or options["folder"] is None:
         raise ConfigError("sweep: say what to do and with which: sweep.py resume|status|collect <folder of a sweep>")
-    actions[options["action"]](read_sweep(Path(options["sweep"])), options)
+    actions[options["action"]](read_sweep(Path(options["folder"])), options)
 
 
 def _resume(sweep: Sweep, options: dict[str, Any]) -> None:
