@@ -124,7 +124,7 @@ def read_mapping(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def commanded(command: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+def commanded(command: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """The choices and overrides of a command.json, as far as they are such."""
     choices, overrides = command.get("choices"), command.get("overrides")
     return (
