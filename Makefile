@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install prefetch train sample evaluate compare certify frontier study replay convert test test-slow test-slurm check format clean
+.PHONY: help install prefetch train sample evaluate compare report sweep certify frontier study replay convert test test-slow test-slurm check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -33,6 +33,12 @@ evaluate: $(INSTALLED)  ## measure the newest run
 
 compare: $(INSTALLED)  ## runs side by side with intervals; ARGS="<run> <run> output=table.md"
 	$(BIN)/python scripts/compare.py $(ARGS)
+
+report: $(INSTALLED)  ## one HTML page over runs and sweeps; ARGS="sweeps/<sweep> output=report.html"
+	$(BIN)/python scripts/report.py $(ARGS)
+
+sweep: $(INSTALLED)  ## go on with a sweep, or look at it; ARGS="resume <folder>", status or collect
+	$(BIN)/python scripts/sweep.py $(ARGS)
 
 certify: $(INSTALLED)  ## certify every sampler, path and prediction against exact answers, in some minutes
 	$(BIN)/python scripts/certify.py $(ARGS)

@@ -25,6 +25,8 @@ def test_the_wheel_holds_every_config_and_asset(wheel):
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"denoiselab/conf/{path.relative_to(ROOT / 'conf')}" in names
     assert "denoiselab/evaluation/assets/digits_classifier.safetensors" in names
+    for path in (ROOT / "src" / "denoiselab" / "reports" / "page" / "assets").iterdir():
+        assert f"denoiselab/reports/page/assets/{path.name}" in names
     assert not any(name.startswith(("tests/", "scripts/", "runs/")) for name in names)
 
 

@@ -15,6 +15,7 @@ SMALL = {
     "sample": "",
     "evaluate": "metrics.counts=[20]",
     "compare": "",
+    "report": "",
     "frontier": "samplers=[ddim] nfe=[1,2] scales=[1] count=20 logger=none",
     "certify": "samplers=[heun] paths=[cosine] processes=1",
     "convert": "",
@@ -62,6 +63,7 @@ def test_every_command_of_the_readme_runs(tmp_path):
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
     assert (tmp_path / "docs" / "digits.png").is_file()
     assert (tmp_path / "samples.npz").is_file()
+    assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "threes.png").is_file()
     assert len(list((tmp_path / "drawn").glob("*.npz"))) == 2
     assert all(

@@ -58,6 +58,12 @@ def compare_command() -> None:
     command("compare", "denoiselab.app.compare:compare")
 
 
+def report_command() -> None:
+    """`denoiselab-report`; run folders may stand alone among its arguments."""
+    sys.argv[1:] = gather(sys.argv[1:], "runs")
+    command("report", "denoiselab.app.report:report")
+
+
 def study_command() -> None:
     """`denoiselab-study`."""
     command("study", "denoiselab.app.study:study")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from fnmatch import fnmatch
-from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from denoiselab.reports.measured_runs import METRICS, UnlikeError, columns_of, r
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import CONFIG, prepare_folder
+from denoiselab.runs.named import runs_named
 
 COMPARE_KEYS: dict[str, Any] = {
     "runs": list[str],
@@ -37,7 +37,9 @@ def compare(options: dict[str, Any], choices: dict[str, str], overrides: list[st
     output = None if options["output"] is None else Path(options["output"])
     if output is not None and output.suffix not in WRITERS:
         raise ConfigError(f"output={output}: must be a file that ends in {', '.join(WRITERS)}")
-    paths = list(dict.fromkeys(path for given in options["runs"] for path in _expand(given)))
+    paths = list(
+        dict.fromkeys(path for given in options["runs"] for path in runs_named(given, (CONFIG, METRICS), (CONFIG,)))
+    )
     if not paths:
         raise ConfigError("runs=[]: name run folders or evaluation files, as in compare.py run_a run_b")
     runs, notes = read_all(paths)
@@ -59,19 +61,6 @@ def compare(options: dict[str, Any], choices: dict[str, str], overrides: list[st
             raise ConfigError(f"output={output}: {error}") from error
         output.write_text(WRITERS[output.suffix](found))
     print_comparison(Console(), found)
-
-
-def _expand(given: str) -> list[Path]:
-    """The runs and files that are meant by a path, a pattern or the folder of a sweep."""
-    paths = [Path(given)] if Path(given).exists() else [Path(path) for path in sorted(glob(given))]
-    if not paths:
-        raise ConfigError(f"runs={given}: there is no such run folder or file")
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(folder.parent for folder in path.glob(f"*/{CONFIG}"))
-        is_run = path.is_file() or (path / CONFIG).exists() or (path / METRICS).exists()
-        found += [path] if is_run or not inside else inside
-    return found
 
 
 def _columns(patterns: list[str] | None, columns: list[str]) -> list[str] | None:

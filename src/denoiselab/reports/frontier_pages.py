@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from denoiselab.reports.frontier import COSTS, Frontier, Point, higher_is_better
+from denoiselab.runs.folder import MOST_JSON_BYTES, read_small
 
+WORDS, MARKS = ("sampler", "asked", "metric", "note"), ("front_nfe", "front_seconds")
+NUMBERS = ("scale", "nfe", "seconds", "value", "low", "high", "real", "count")  # of a record
 TABLE, FIGURE, PAGE = "table.csv", "frontier.png", "README.md"
 
 
@@ -84,6 +88,27 @@ def records(frontier: Frontier) -> list[dict[str, Any]]:
         facts = {"sampler": skip.sampler, "scale": skip.scale, "asked": skip.budget, "metric": frontier.metric}
         rows.append(empty | facts | {"note": f"skipped: {skip.reason}"})
     return rows
+
+
+def read_records(file: Path) -> list[dict[str, Any]]:
+    """The records of a table.csv, with numbers for numbers; those of other keys or values are left out.
+
+    Args:
+        file: that `write_frontier` wrote, maybe somebody else's.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ConfigError: if it cannot be read.
+    """
+    found: list[dict[str, Any]] = []
+    for row in csv.DictReader(io.StringIO(read_small(file, MOST_JSON_BYTES).decode(errors="replace"))):
+        try:
+            numbers = {key: float(row[key]) if row[key] else None for key in NUMBERS}
+            marks = {key: row[key] == "True" for key in MARKS}
+            found.append({key: row[key] or "" for key in WORDS} | numbers | marks)
+        except (KeyError, TypeError, ValueError):
+            continue
+    return found
 
 
 def write_frontier(frontier: Frontier, folder: Path) -> None:

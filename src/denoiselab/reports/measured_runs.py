@@ -79,8 +79,8 @@ def read_all(paths: Sequence[Path]) -> tuple[list[MeasuredRun], list[str]]:
         notes += damaged
         near = file.resolve().parents[:2]  # evaluations lie in a folder of the run's
         home = next((folder for folder in near if (folder / CONFIG).exists()), near[0])
-        config = _read_mapping(home / CONFIG)
-        told = (config, *_commanded(_read_mapping(home / COMMAND) if config else {}))
+        config = read_mapping(home / CONFIG)
+        told = (config, *commanded(read_mapping(home / COMMAND) if config else {}))
         label = path.resolve().name if path.is_dir() else str(path)
         found += [MeasuredRun(path, label, weights, some, *told) for weights, some in _by_weights(numbers).items()]
     paths_of: dict[str, set[Path]] = {}
@@ -93,7 +93,7 @@ def _read_numbers(file: Path) -> tuple[list[Number], list[str]]:
     """Every number of a file, and a line for each that is damaged."""
     records: list[tuple[str, Any]] = []
     if file.suffix == ".json":
-        whole = _read_mapping(file).get("numbers")
+        whole = read_mapping(file).get("numbers")
         if not isinstance(whole, list):
             return [], [f"{file}: is no file of numbers that evaluate.py wrote"]
         records = [(f"{file}: number {i}", record) for i, record in enumerate(whole, 1)]
@@ -115,7 +115,8 @@ def _read_numbers(file: Path) -> tuple[list[Number], list[str]]:
     return numbers, notes
 
 
-def _read_mapping(file: Path) -> dict[str, Any]:
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file of a run; an empty one if there is none, or it cannot be read."""
     try:
         value = read_json(file)
     except (OSError, ValueError):
@@ -123,7 +124,7 @@ def _read_mapping(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _commanded(command: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+def commanded(command: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """The choices and overrides of a command.json, as far as they are such."""
     choices, overrides = command.get("choices"), command.get("overrides")
     return (
@@ -177,6 +178,17 @@ def allowed_to_vary(vary: Sequence[str]) -> set[str]:
     return allowed
 
 
+def like(protocol: Mapping[str, Any], vary: Sequence[str] = ()) -> dict[str, Any]:
+    """What of a protocol has to be equal for two numbers of one name to share a column, by dotted names.
+
+    Args:
+        protocol: of a number.
+        vary: fields that may differ.
+    """
+    free = {*allowed_to_vary(vary), *NEVER_COMPARED, SEED}
+    return {key: value for key, value in flatten(protocol).items() if not covered(key, free)}
+
+
 def check_protocols(runs: Sequence[MeasuredRun], vary: Sequence[str]) -> None:
     """See to it that each name means the same in every run.
 
@@ -193,20 +205,19 @@ def check_protocols(runs: Sequence[MeasuredRun], vary: Sequence[str]) -> None:
         if not any(covered(key, [name]) for key in fields):
             nodes = sorted({key.split(".")[0] for key in fields} - NEVER_COMPARED - {SEED})
             raise ValueError(f"vary={name}: must be a field of the protocols: {', '.join(nodes)}")
-    free = {*allowed_to_vary(vary), *NEVER_COMPARED, SEED}
     first = ""
     nodes = list(vary)
     for column in columns_of(runs):
         have = [run for run in runs if column in run.numbers]
-        start = flatten(have[0].numbers[column].protocol)
+        start = like(have[0].numbers[column].protocol, vary)
         for run in have[1:]:
-            other = flatten(run.numbers[column].protocol)
+            other = like(run.numbers[column].protocol, vary)
             for key in start | other:
-                if start.get(key) == other.get(key) or covered(key, free):
+                if start.get(key) == other.get(key):
                     continue
                 nodes.append(key.split(".")[0])
                 said = [
-                    f"{_brief(leaves[key]) if key in leaves else 'not said'} in {_called(r, have[0], run)}"
+                    f"{brief(leaves[key]) if key in leaves else 'not said'} in {_called(r, have[0], run)}"
                     for leaves, r in ((start, have[0]), (other, run))
                 ]
                 first = first or f"{column}: {show(key)} differs: {', '.join(said)}"
@@ -247,8 +258,8 @@ def identity(run: MeasuredRun, vary: Sequence[str]) -> dict[str, Any]:
     return config | choices | varied | kind
 
 
-def row_names(rows: Sequence[Mapping[str, Any]], by_hand: Collection[str], vary: Sequence[str]) -> list[str]:
-    """The shortest names that tell rows apart: what was set by hand or may vary, and what does not follow from that.
+def telling_keys(rows: Sequence[Mapping[str, Any]], by_hand: Collection[str], vary: Sequence[str] = ()) -> list[str]:
+    """The fewest keys that tell rows apart: what was set by hand or may vary, and what does not follow from that.
 
     Args:
         rows: `identity` of each.
@@ -270,13 +281,23 @@ def row_names(rows: Sequence[Mapping[str, Any]], by_hand: Collection[str], vary:
         return chosen
 
     chosen = needed([key for key in training if key in by_hand], training) + needed([], sampling)
-    chosen.sort(key=keys.index)
-    tails = [re.split(r"[./]", key)[-1] for key in chosen]
-    short = {key: tail if tails.count(tail) == 1 else key for key, tail in zip(chosen, tails, strict=True)}
-    return [", ".join(f"{short[key]}={_brief(row[key])}" for key in chosen if key in row) for row in rows]
+    return sorted(chosen, key=keys.index)
 
 
-def _brief(value: Any) -> str:
+def shortened(keys: Sequence[str]) -> dict[str, str]:
+    """For each dotted key its last part, where no other one ends so."""
+    tails = [re.split(r"[./]", key)[-1] for key in keys]
+    return {key: tail if tails.count(tail) == 1 else key for key, tail in zip(keys, tails, strict=True)}
+
+
+def row_names(rows: Sequence[Mapping[str, Any]], by_hand: Collection[str], vary: Sequence[str]) -> list[str]:
+    """The shortest names that tell rows apart; see `telling_keys`."""
+    short = shortened(telling_keys(rows, by_hand, vary))
+    return [", ".join(f"{short[key]}={brief(row[key])}" for key in short if key in row) for row in rows]
+
+
+def brief(value: Any) -> str:
+    """A value of a config as names of rows have it."""
     if isinstance(value, _Target):
         return value.rpartition(".")[2]
     return f"{value:g}" if isinstance(value, float) else "null" if value == "None" else show(value)

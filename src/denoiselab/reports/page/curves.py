@@ -1,0 +1,121 @@
+"""Curves of metrics.csv: read, thinned where they are long, and packed so that a browser unpacks them at once."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from denoiselab.evaluation.records import LONGEST_NAME
+from denoiselab.training.history import METRICS, read_rows
+
+SPEED = "train/images_per_second"
+Values = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric by step, steps ascending.
+
+    Args:
+        steps: optimizer steps, float64.
+        values: as many, float64; some may not be finite.
+    """
+
+    steps: Values
+    values: Values
+
+
+def read_curves(folder: Path, patterns: Sequence[str] | None = None) -> dict[str, Curve]:
+    """The columns of a run's metrics.csv by name, as far as they hold numbers.
+
+    Args:
+        folder: of the run.
+        patterns: of the names that are wanted; None takes all.
+
+    Raises:
+        ConfigError: if the file cannot be read.
+    """
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    wanted: dict[str, bool] = {}
+    for row in sorted(read_rows(folder / METRICS), key=lambda row: int(row["step"])):
+        step = float(row["step"])
+        for name, text in row.items():
+            if text == "" or name == "step":
+                continue
+            if name not in wanted:
+                plain = len(name) <= LONGEST_NAME and name.isprintable()
+                wanted[name] = plain and (patterns is None or any(fnmatch(name, pattern) for pattern in patterns))
+            if wanted[name]:
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(float(text))
+    return {name: Curve(np.array(steps), np.array(values)) for name, (steps, values) in sorted(found.items())}
+
+
+def thinned(curve: Curve, limit: int) -> Curve:
+    """At most about `limit` points: the ends, the least and the largest value of each stretch, and where it breaks off.
+
+    Args:
+        curve: any.
+        limit: points, at least 4.
+    """
+    count = len(curve.steps)
+    if count <= limit:
+        return curve
+    kept = {0, count - 1}
+    for part in np.array_split(np.arange(count), (limit - 2) // 2):
+        values = curve.values[part]
+        finite = np.isfinite(values)
+        if not finite.all():
+            kept.add(int(part[np.argmin(finite)]))
+        if finite.any():
+            kept.add(int(part[np.argmin(np.where(finite, values, np.inf))]))
+            kept.add(int(part[np.argmax(np.where(finite, values, -np.inf))]))
+    chosen = np.array(sorted(kept))
+    return Curve(curve.steps[chosen], curve.values[chosen])
+
+
+def clock(curves: Mapping[str, Curve], batch_size: Any) -> Curve | None:
+    """Seconds of training by step, from the logged throughput; None where that is not known.
+
+    Validation, sampling and saving do not count, nor does time between two starts of a run.
+
+    Args:
+        curves: of a run.
+        batch_size: images a step.
+    """
+    speed = curves.get(SPEED)
+    if speed is None or type(batch_size) is not int or batch_size < 1:
+        return None
+    good = np.isfinite(speed.values) & (speed.values > 0)
+    steps, rate = speed.steps[good], speed.values[good]
+    if len(steps) == 0:
+        return None
+    return Curve(steps, np.cumsum(np.diff(steps, prepend=0.0) * batch_size / rate))
+
+
+class Packer:
+    """Turns curves into text; runs of one length log at the same steps, which are kept once."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self._known: dict[str, int] = {}
+
+    def pack(self, curve: Curve) -> list[int | str]:
+        """The number of the steps, and the values as base64 of little-endian float32: seven digits of each."""
+        steps = _base64(curve.steps, "<f8")
+        if steps not in self._known:
+            self._known[steps] = len(self.steps)
+            self.steps.append(steps)
+        return [self._known[steps], _base64(curve.values, "<f4")]
+
+
+def _base64(values: Values, kind: str) -> str:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return base64.b64encode(values.astype(kind).tobytes()).decode()
