@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[1]
 SMALL = {
     "train": "trainer.max_steps=2 trainer.val_every=2 callbacks.monitor.every=1 callbacks.pictures.rows=1 metrics.counts=[20]",
     "replay": "",
+    "sweep": "",
+    "report": "",
     "sample": "",
     "evaluate": "metrics.counts=[20]",
     "compare": "",
-    "report": "",
     "frontier": "samplers=[ddim] nfe=[1,2] scales=[1] count=20 logger=none",
     "certify": "samplers=[heun] paths=[cosine] processes=1",
     "convert": "",
@@ -66,10 +67,11 @@ def test_every_command_of_the_readme_runs(tmp_path):
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "threes.png").is_file()
     assert len(list((tmp_path / "drawn").glob("*.npz"))) == 2
+    assert len(list((tmp_path / "sweeps").glob("*_objectives/*/summary.json"))) == 2
     assert all(
         (tmp_path / "docs" / "studies" / name / "README.md").is_file() for name in ("frequency", "guidance", "copying")
     )
-    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 9
+    assert len(list((tmp_path / "runs").glob("*/summary.json"))) == 7
 
 
 def test_the_table_of_groups_names_every_choice():

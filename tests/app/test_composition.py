@@ -21,7 +21,7 @@ SMALL = {"width": 8, "blocks": 1, "head_channels": None, "hidden_size": 16, "dep
 SIDES = (8, 28, 32, 64, 256)  # resolutions that backbone presets are made for
 BASE = ["metrics=none", "logger=none", "trainer.threads=1", "datamodule.batch_size=4"]
 PRIMARY = {file.stem for file in CONF.glob("*.yaml")}
-ELSEWHERE = ("experiment", "hydra", "metrics/", "study")  # composed by tests of their own
+ELSEWHERE = ("experiment", "hydra", "metrics/", "study", "sweep")  # composed by tests of their own
 
 
 def all_choices():

@@ -29,7 +29,7 @@ def sweep_command() -> None:
     quoted = [argument.replace("'", r"\'") for argument in alone]
     named = [f"{key}='{word}'" for key, word in zip(("action", "folder"), quoted, strict=False)]
     sys.argv[1:] = [*named, *alone[2:], *(argument for argument in sys.argv[1:] if argument not in alone)]
-    command("sweep", "denoiselab.app.sweep:sweep_command")
+    command("sweep", "denoiselab.app.sweep:sweep")
 
 
 def sample_command() -> None:

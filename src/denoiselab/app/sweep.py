@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,7 @@ def make_slots(at_once: int | str, configs: Sequence[dict[str, Any]]) -> list[Sl
     return share_out(count, cores, gpus if wanted else [])
 
 
-def sweep_command(options: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
+def sweep(options: dict[str, Any], choices: dict[str, str], overrides: list[str]) -> None:
     """`resume`, `status` or `collect` a sweep.
 
     Raises:
@@ -228,7 +229,19 @@ def sweep_command(options: dict[str, Any], choices: dict[str, str], overrides: l
     actions = {"resume": _resume, "status": _status, "collect": _collect}
     if options["action"] not in actions or options["folder"] is None:
         raise ConfigError("sweep: say what to do and with which: sweep.py resume|status|collect <folder of a sweep>")
-    actions[options["action"]](read_sweep(Path(options["folder"])), options)
+    actions[options["action"]](read_sweep(_one(options["folder"])), options)
+
+
+def _one(given: str) -> Path:
+    """The folder that is meant by a path or a pattern.
+
+    Raises:
+        ConfigError: if a pattern means several.
+    """
+    found = [Path(given)] if Path(given).exists() else [Path(path) for path in glob(given)]
+    if len(found) > 1:
+        raise ConfigError(f"folder={given}: must be one sweep, not {len(found)}")
+    return found[0] if found else Path(given)
 
 
 def _resume(sweep: Sweep, options: dict[str, Any]) -> None:
