@@ -74,6 +74,11 @@ class Server:
     bodies: list[bytes] = field(default_factory=list)
     lock: Any = field(default_factory=threading.RLock)
 
+    @property
+    def asked(self) -> list[str]:
+        """The requests, without what wandb-core tells of itself."""
+        return [request for request in self.requests if "/otel/" not in request]
+
     def environment(self) -> dict[str, str]:
         """What a client needs to find the server and to be logged in."""
         return {"WANDB_BASE_URL": self.url, "WANDB_API_KEY": "0" * 40, "WANDB_MODE": "online", "WANDB_SILENT": "true"}
@@ -85,7 +90,14 @@ class Server:
             "name": variables.get("project") or "denoiselab",
             "entity": {"id": "e", "name": "somebody"},
         }
-        viewer = {"id": "u", "entity": "somebody", "username": "somebody", "email": "a@b", "flags": "{}", "admin": False}
+        viewer = {
+            "id": "u",
+            "entity": "somebody",
+            "username": "somebody",
+            "email": "a@b",
+            "flags": "{}",
+            "admin": False,
+        }
         viewer |= {"teams": {"edges": []}}
         if operation == "UpsertBucket":
             run = self.runs.setdefault(variables["name"], Stored(variables["name"]))
@@ -98,6 +110,9 @@ class Server:
         if operation == "RunResumeStatus":
             run = self.runs.get(variables["name"])
             return {"model": project | {"bucket": None if run is None else self._bucket(run)}}
+        if operation == "Run":
+            run = self.runs.get(variables["name"])
+            return {"project": None if run is None else project | {"run": self._bucket(run)}}
         if operation == "CreateRunFiles":
             files = [{"name": n, "uploadUrl": f"{self.url}/storage/{variables['run']}/{n}"} for n in variables["files"]]
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
@@ -122,6 +137,14 @@ class Server:
             "tags": run.last("tags") or [],
             "notes": run.last("notes"),
             "wandbConfig": json.dumps({"t": {}}),
+            "state": "running",
+            "group": run.last("groupName"),
+            "jobType": run.last("jobType"),
+            "createdAt": "2026-01-01T00:00:00",
+            "heartbeatAt": "2026-01-01T00:00:00",
+            "user": {"name": "somebody", "username": "somebody"},
+            "systemMetrics": "{}",
+            "historyKeys": {},
         }
 
     def stream(self, id: str, body: dict[str, Any]) -> None:  # noqa: A002
@@ -173,7 +196,9 @@ def wandb_server() -> Iterator[Server]:
                 return {"limits": {}, "exitcode": None}
             if self.path == "/graphql":
                 asked = json.loads(body)
-                name = asked.get("operationName") or (re.findall(r"(?:query|mutation)\s+(\w+)", asked["query"]) or [""])[0]
+                name = (
+                    asked.get("operationName") or (re.findall(r"(?:query|mutation)\s+(\w+)", asked["query"]) or [""])[0]
+                )
                 server.requests.append(name)
                 return {"data": server.answer(name, asked.get("variables") or {})}
             server.requests.append(f"{self.command} {self.path}")

@@ -31,17 +31,16 @@ def sync(options: dict[str, Any], choices: dict[str, str], overrides: list[str])
     if not runs:
         raise ConfigError("runs=[]: name run folders or sweeps, as in sync.py runs/a sweeps/b")
     os.environ["WANDB_MODE"] = "online"  # whatever the runs themselves were told
-    import wandb
-
-    if not wandb.login(prompt=False):
-        raise ConfigError("sync: not logged in to W&B; say wandb login, or set WANDB_API_KEY")
-    from denoiselab.training.wandb_sync import FAILED, send
+    from denoiselab.training.wandb_sync import FAILED, LoggedOutError, send
 
     console = Console()
     table = Table("run", "", "rows", "pictures", "up to step", "note", box=None, header_style="bold", pad_edge=False)
     outcomes = []
     for run in runs:
-        outcomes.append(outcome := send(run, again=options["again"]))
+        try:
+            outcomes.append(outcome := send(run, again=options["again"]))
+        except LoggedOutError as error:
+            raise ConfigError("sync: not logged in to W&B; say wandb login, or set WANDB_API_KEY") from error
         step = "" if outcome.step is None else f"{outcome.step:,}"
         table.add_row(run.name, outcome.state, f"{outcome.rows:,}", f"{outcome.pictures:,}", step, outcome.note)
     console.print(table)
@@ -62,7 +61,9 @@ def folders_of(given: str) -> list[Path]:
         if (path / CONFIG).exists() or (path / JOB).exists():
             found.append(path.resolve())
         elif path.is_dir():
-            found += [run.resolve() for run in sorted(path.iterdir()) if (run / CONFIG).exists() or (run / JOB).exists()]
+            found += [
+                run.resolve() for run in sorted(path.iterdir()) if (run / CONFIG).exists() or (run / JOB).exists()
+            ]
     if not found:
         raise ConfigError(f"runs={given}: there is no run folder, nor a folder of some")
     return found

@@ -66,6 +66,8 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
         raise ConfigError(
             "metrics=bits_per_dim: is measured by evaluate.py, on the finished run; train with metrics=none"
         )
+    if (images := config["logger"].get("images", 0)) < 0:
+        raise ConfigError(f"logger.images={images}: must be at least 0")
     given = int(os.environ.get("WORLD_SIZE", 1))
     if launched_from_outside() and given != training.settings.world_size:
         raise ConfigError(

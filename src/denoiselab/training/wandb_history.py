@@ -77,7 +77,11 @@ def read_sent(run_dir: Path) -> Sent:
 def write_sent(run_dir: Path, sent: Sent, **more: Any) -> None:
     """Note what was sent, and more beside it."""
     (run_dir / WANDB).mkdir(exist_ok=True)
-    note = {"step": sent.step, "keys": sorted(sent.keys or ()), "pictures": {str(s): c for s, c in sent.pictures.items()}}
+    note = {
+        "step": sent.step,
+        "keys": sorted(sent.keys or ()),
+        "pictures": {str(s): c for s, c in sent.pictures.items()},
+    }
     write_json(run_dir / WANDB / SENT, note | more)
 
 

@@ -69,9 +69,10 @@ def identify(run_dir: Path, default: str, *, tags: list[str] | None = None, **op
         name, group = known.name, known.group
     else:
         group, name = sweep or (None, display_name(config.get("name"), _texts(command.get("overrides")), default))
-    choices = command.get("choices")
-    chosen = [choices[key] for key in TAGGED if isinstance(choices, dict) and isinstance(choices.get(key), str)]
-    facts: dict[str, Any] = {"git": git_facts()}
+    said = command.get("choices")
+    choices = {str(k): v for k, v in said.items() if isinstance(v, str)} if isinstance(said, dict) else {}
+    chosen = [choices[group] for group in TAGGED if group in choices]
+    facts: dict[str, Any] = {"git": git_facts(), "choices": choices}
     if sweep is not None:
         facts |= {"sweep": run_dir.parent.name, "job": sweep[1]}  # the folder's name is the sweep's alone
     identity = Identity(

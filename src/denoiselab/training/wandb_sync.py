@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,16 @@ from denoiselab.runs.folder import CONFIG, ID, SUMMARY, read_json, run_id, sendi
 from denoiselab.runs.secrets import redact
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of, step_of
 from denoiselab.training.history import METRICS, read_rows
-from denoiselab.training.wandb_history import SENT, History, pictures_of, write_sent
-from denoiselab.training.wandb_identity import WANDB, Identity, identify, last_step, read_identity
+from denoiselab.training.wandb_history import SENT, STEP, History, pictures_of, write_sent
+from denoiselab.training.wandb_identity import WANDB, Identity, identify, last_step, read_identity, write_identity
 from denoiselab.training.wandb_run import arrived, define_steps, end_run, settings
 
+WAITS = (0.0, 1.0, 3.0, 10.0)  # seconds before W&B is asked whether all has arrived
 SENT_ALL, NOTHING_NEW, LEFT, FAILED = "sent", "nothing new", "left", "failed"
+
+
+class LoggedOutError(RuntimeError):
+    """There is something to send, and nobody is logged in."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,9 @@ def send(run_dir: Path, *, again: bool = False) -> Outcome:
     Args:
         run_dir: the run folder.
         again: ask W&B even if nothing has changed since the last call.
+
+    Raises:
+        LoggedOutError: if nobody is logged in.
     """
     try:
         if not (run_dir / CONFIG).exists():
@@ -81,10 +89,15 @@ def _identity(run_dir: Path) -> Identity | None:
         return identity
     config = redact(read_json(run_dir / CONFIG))
     node = config["logger"] if isinstance(config, dict) and isinstance(config.get("logger"), dict) else {}
-    texts = {key: node[key] for key in ("project", "entity", "notes") if isinstance(node.get(key), str)}
-    made = identify(run_dir, run_dir.name, tags=[tag for tag in node.get("tags") or [] if isinstance(tag, str)], **texts)
+    kinds = {"project": str, "entity": str, "notes": str, "images": int, "checkpoints": bool}
+    options = {key: node[key] for key, kind in kinds.items() if isinstance(node.get(key), kind)}
+    made = identify(
+        run_dir, run_dir.name, tags=[tag for tag in node.get("tags") or [] if isinstance(tag, str)], **options
+    )
     facts = {key: value for key, value in made.config.items() if key != "git"}  # of now, not of then
-    return Identity(**{**vars(made), "config": config | facts})
+    made = replace(made, config=config | facts)
+    write_identity(run_dir, made)
+    return made
 
 
 def _send(run_dir: Path, identity: Identity, again: bool) -> Outcome:
@@ -97,15 +110,36 @@ def _send(run_dir: Path, identity: Identity, again: bool) -> Outcome:
     word = f"running or killed: up to its newest checkpoint, step {whole}" if running else summary["status"]
     if not again and _noted(run_dir) == content:
         return Outcome(run_dir, NOTHING_NEW, note=word)
+    if not wandb.login(prompt=False):
+        raise LoggedOutError
     with _run(run_id(run_dir), identity) as run:
         history = History(run, sent=arrived(run, run_dir), images=identity.images, end=last_step(run_dir))
         history.catch_up(run_dir, whole)
         history.flush()
         write_sent(run_dir, history.sent)
         upload = identity.checkpoints and summary["status"] == "finished"
+        path = run.path
         end_run(run, summary["metrics"], summary["status"], run_dir if upload else None)
+    done = Outcome(run_dir, SENT_ALL, history.rows, history.shown, history.sent.step, word)
+    if not confirmed(path, history.sent.step):  # W&B's client ends without an error when it gives up
+        return replace(done, state=FAILED, note="W&B has not confirmed all of it; call again")
     write_sent(run_dir, history.sent, digest=content)
-    return Outcome(run_dir, SENT_ALL, history.rows, history.shown, history.sent.step, word)
+    return done
+
+
+def confirmed(path: str, step: int) -> bool:
+    """Whether W&B says of a run that it has come to a step.
+
+    Args:
+        path: "entity/project/id".
+        step: −1: no row was ever sent.
+    """
+    for wait in WAITS:
+        time.sleep(wait)
+        with suppress(wandb.errors.Error, ValueError):
+            if step < 0 or wandb.Api(timeout=30).run(path).summary.get(STEP) == step:
+                return True
+    return False
 
 
 @contextmanager
