@@ -66,12 +66,14 @@ class Server:
         runs: by id.
         requests: (method and path, or the name of the GraphQL operation), in order.
         bodies: of all requests, to search.
+        views: workspaces and reports, by id: what was sent of each last.
     """
 
     url: str = ""
     runs: dict[str, Stored] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
+    views: dict[str, dict[str, Any]] = field(default_factory=dict)
     lock: Any = field(default_factory=threading.RLock)
 
     @property
@@ -118,9 +120,16 @@ class Server:
             return {"createRunFiles": {"runID": "r", "uploadHeaders": [], "files": files}}
         if operation in ("Viewer", "ViewerQuery", "GetViewer"):
             return {"viewer": viewer}
-        if operation == "CreateArtifact":
-            artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
-            return {"createArtifact": {"artifact": artifact}}
+        if operation == "GetProjects":
+            fields = {"entityName": "somebody", "createdAt": "2026-01-01T00:00:00", "isBenchmark": False, "user": None}
+            pages = {"endCursor": None, "hasNextPage": False}
+            return {"models": {"pageInfo": pages, "edges": [{"node": project | fields}]}}
+        if operation in ("UpsertView2", "upsertView"):
+            known = variables.get("id") or f"view{len(self.views)}"
+            self.views[known] = variables
+            named = {"name": "denoiselab", "entityName": "somebody"}
+            view = {"id": known, "name": variables["name"], "displayName": variables["displayName"], "spec": "{}"}
+            return {"upsertView": {"view": view | {"description": "", "project": named}, "inserted": True}}
         return {"viewer": viewer, "serverInfo": {"features": []}, "model": project}
 
     def _bucket(self, run: Stored) -> dict[str, Any]:

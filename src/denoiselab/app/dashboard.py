@@ -34,7 +34,7 @@ def dashboard(options: dict[str, Any], choices: dict[str, str], overrides: list[
     for key, annotation in DASHBOARD_KEYS.items():
         check_value(options[key], annotation, key)
     try:
-        from denoiselab.reports import dashboard_pages as pages
+        import denoiselab.reports.dashboard_pages as pages
     except ModuleNotFoundError as error:
         raise ConfigError("dashboard: needs wandb-workspaces; pip install 'denoiselab[dashboard]'") from error
     from denoiselab.reports.dashboard import where_logged

@@ -13,6 +13,7 @@ from wandb_workspaces import expr
 
 from denoiselab.reports.dashboard import Board, Panel, Section
 from denoiselab.training.wandb_history import STEP
+from denoiselab.training.wandb_identity import SWEEP_KEY
 
 ABOUT = "Made by denoiselab-dashboard; the same command makes it anew."
 WIDE, NARROW, HEIGHT = 12, 8, 7  # of a report's 24 columns
@@ -68,8 +69,9 @@ def save(made: ws.Workspace | wr.Report, known: dict[str, str]) -> dict[str, str
     return {"url": made.url, "id": made.id, "name": made.title}
 
 
-def _filters(board: Board) -> list[Any]:
-    return [] if board.sweep is None else [expr.Config("sweep") == board.sweep]
+def _filters(board: Board) -> Any:
+    """The runs of the sweep; W&B keeps each entry of a config below "value", and its own filters say so."""
+    return "" if board.sweep is None else expr.And(expr.Config(f"{SWEEP_KEY}.value") == board.sweep)
 
 
 def _section(section: Section) -> ws.Section:

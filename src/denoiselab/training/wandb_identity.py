@@ -6,6 +6,7 @@ name and group, and `denoiselab-sync` reads all of it.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import COMMAND, CONFIG, git_state, read_json, write_json
 from denoiselab.runs.secrets import redact
 from denoiselab.runs.sweep_folder import membership
+from denoiselab.training.history import surviving
 
+log = logging.getLogger(__name__)
 WANDB, IDENTITY = "wandb", "identity.json"
+SWEEP_KEY = "sweep_folder"  # of the config; "sweep" is a name of W&B's own
 TAGGED = ("datamodule", "backbone", "objective")  # the groups whose choices are tags
 MOST_NAME, MOST_TAG = 100, 64  # characters; W&B refuses longer tags
 
@@ -64,7 +68,11 @@ def identify(run_dir: Path, default: str, *, tags: list[str] | None = None, **op
     """
     config, command = (_dict(run_dir / name) for name in (CONFIG, COMMAND))
     sweep = membership(run_dir)
-    known = read_identity(run_dir)
+    known = None
+    try:
+        known = read_identity(run_dir)
+    except ConfigError as error:
+        log.warning("%s; made anew", error)
     if known is not None:
         name, group = known.name, known.group
     else:
@@ -74,7 +82,7 @@ def identify(run_dir: Path, default: str, *, tags: list[str] | None = None, **op
     chosen = [choices[group] for group in TAGGED if group in choices]
     facts: dict[str, Any] = {"git": git_facts(), "choices": choices}
     if sweep is not None:
-        facts |= {"sweep": run_dir.parent.name, "job": sweep[1]}  # the folder's name is the sweep's alone
+        facts |= {SWEEP_KEY: run_dir.parent.name, "job": sweep[1]}  # the folder's name is the sweep's alone
     identity = Identity(
         name=name,
         group=group,
@@ -82,7 +90,8 @@ def identify(run_dir: Path, default: str, *, tags: list[str] | None = None, **op
         config=(known.config if known else {}) | facts,
         **options,
     )
-    write_identity(run_dir, identity)
+    with surviving(run_dir / WANDB / IDENTITY):
+        write_identity(run_dir, identity)
     return identity
 
 
