@@ -12,6 +12,7 @@ from killing import UNET, start, wait
 
 from wandb_server import wandb_server
 
+SECRET = "sentinel-0123456789"
 TINY = [
     *UNET,
     "resume=auto",
@@ -143,6 +144,7 @@ def test_what_does_not_arrive_is_not_noted(tmp_path, logged_in, monkeypatch):
     check_history(stored, run)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_online_goes_on_where_wandb_stands(tmp_path, server):
     run = tmp_path / "run"
     online = server.environment()
@@ -171,6 +173,10 @@ def test_a_sweep_is_sent_run_by_run(tmp_path, logged_in):
     (sweep / "sweep.json").write_text(json.dumps({"name": "objectives"}))
     (run / "job.json").write_text(json.dumps({"number": 0, "name": "seed=0"}))
     (run / "wandb" / "identity.json").unlink()  # as of a run that is older than these
+    config = json.loads((run / "config.json").read_text())  # of somebody who has not hidden it
+    config["callbacks"]["hub"] = {"api_key": SECRET}
+    config["logger"]["notes"] = f"mine, token={SECRET}"
+    (run / "config.json").write_text(json.dumps(config))
     never.mkdir()
     (never / "job.json").write_text(json.dumps({"number": 1, "name": "seed=1"}))
 
@@ -179,8 +185,11 @@ def test_a_sweep_is_sent_run_by_run(tmp_path, logged_in):
     assert "has not begun" in done.out
     (stored,) = server.runs.values()
     assert (stored.last("displayName"), stored.last("groupName")) == ("seed=0", "objectives")
-    assert stored.config["sweep"] == sweep.name
+    assert stored.config["sweep_folder"] == sweep.name
     assert len(list((run / "samples").glob("*.png"))) == 2
+    assert stored.last("notes") == "mine, token=***"
+    assert stored.config["callbacks"]["hub"] == {"api_key": "***"}
+    assert not any(SECRET.encode() in body for body in server.bodies)
     assert sum("/samples/" in name for name in stored.files) == 1
 
 
