@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install prefetch train sample evaluate compare report sweep certify frontier study replay convert test test-slow test-slurm check format clean
+.PHONY: help install prefetch train sample evaluate compare report sweep certify frontier study replay convert sync dashboard test test-slow test-slurm check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -54,6 +54,12 @@ replay: $(INSTALLED)  ## train the newest run again from its folder, and compare
 
 convert: $(INSTALLED)  ## weights from and for elsewhere; ARGS="run=<run> to=diffusers output=<folder>"
 	$(BIN)/python scripts/convert.py $(ARGS)
+
+sync: $(INSTALLED)  ## send runs to W&B that were trained without a network; ARGS="runs/<run> sweeps/<sweep>"
+	$(BIN)/python scripts/sync.py $(ARGS)
+
+dashboard: $(INSTALLED)  ## a W&B workspace and report; ARGS="sweeps/<sweep>" or "project=denoiselab"
+	$(BIN)/python scripts/dashboard.py $(ARGS)
 
 test: check  ## check, then the default tests with coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report=term:skip-covered $(ARGS)

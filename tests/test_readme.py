@@ -1,5 +1,6 @@
 """The README's commands, run as written but small; `make` targets run what the Makefile runs."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -8,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from wandb_server import wandb_server
+
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "train": "trainer.max_steps=2 trainer.val_every=2 callbacks.monitor.every=1 callbacks.pictures.rows=1 metrics.counts=[20]",
     "replay": "",
     "sweep": "",
     "report": "",
+    "sync": "",
+    "dashboard": "save=false",
     "sample": "",
     "evaluate": "metrics.counts=[20]",
     "compare": "",
@@ -60,7 +65,9 @@ def test_every_command_of_the_readme_runs(tmp_path):
         small = [w if w.split("=")[0] not in [a.split("=")[0] for a in arguments] else "" for w in small]
         call = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *arguments, *filter(None, small)]
         (tmp_path / "docs").mkdir(exist_ok=True)
-        done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+        with wandb_server() as server:
+            known = os.environ | (server.environment() if script == "sync" else {})
+            done = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True, timeout=600, env=known)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
     assert (tmp_path / "docs" / "digits.png").is_file()
     assert (tmp_path / "samples.npz").is_file()

@@ -184,14 +184,16 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def start(config: dict[str, Any], *, ranks: int = 1, **trap_at: Any) -> list[Any]:
+def start(
+    config: dict[str, Any], *, ranks: int = 1, environment: dict[str, str] | None = None, **trap_at: Any
+) -> list[Any]:
     """Begin or go on with the job of a config, as so many processes; returns them.
 
     What they print goes to <run>.out. With several ranks, they are started as torchrun would.
     """
     port = free_port() if ranks > 1 else 0
     processes = [
-        warm.Process(target=_work, args=(config, rank, ranks, port, trap_at if rank == 0 else None))
+        warm.Process(target=_work, args=(config, rank, ranks, port, environment, trap_at if rank == 0 else None))
         for rank in range(ranks)
     ]
     for process in processes:
@@ -199,13 +201,20 @@ def start(config: dict[str, Any], *, ranks: int = 1, **trap_at: Any) -> list[Any
     return processes
 
 
-def _work(config: dict[str, Any], rank: int, ranks: int, port: int, trap_at: dict[str, Any] | None) -> None:
+def _work(
+    config: dict[str, Any],
+    rank: int,
+    ranks: int,
+    port: int,
+    environment: dict[str, str] | None,
+    trap_at: dict[str, Any] | None,
+) -> None:
     global trap
     output = os.open(f"{config['run']}.out", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.setpgid(0, 0)  # with the workers of its loaders, which outlive it for some seconds
-    os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"} | (environment or {})
     multiprocessing.set_start_method("fork", force=True)  # of loaders' workers, as in a process that nobody forked
     sys.argv = ["train.py"]
     if ranks > 1:

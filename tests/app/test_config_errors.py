@@ -50,6 +50,7 @@ TRAIN = {
         ("trainer.devices=two", ["trainer.devices=two", "an integer or auto"]),
         ("trainer.precision=fp8", ["trainer.precision=fp8", "bf16-mixed"]),
         ("logger=wandb logger.mode=sometimes", ["logger.mode=sometimes", "offline"]),
+        ("logger=wandb logger.images=-1", ["logger.images=-1", "at least 0"]),
         ("seed=true", ["seed=true", "an integer"]),
         ("compile=3", ["compile=3", "true or false"]),
         ("name=3", ["name=3", "text or null"]),

@@ -153,7 +153,7 @@ CALLS = {
     "denoiselab.training.checkpoint.torch.load": {"f": FILE, "weights_only": False},
     "denoiselab.training.checkpoint.load_checkpoint": {"path": FILE},
     "denoiselab.training.checkpoint_io.write_checkpoint": {"checkpoint": {}, "path": "harmed"},
-    "denoiselab.training.logs.start_wandb": {"folder": "harmed", "id": "x", "job_type": "x"},
+    "denoiselab.training.wandb_run.start_wandb": {"folder": "harmed", "id": "x", "job_type": "x"},
     "denoiselab.training.logs.WandbLogger": {"project": "harmed"},
     "denoiselab.evaluation.writing.remove_partial": {"folder": "."},
     "denoiselab.app.train.train": {"config": {}, "choices": {}, "overrides": []},

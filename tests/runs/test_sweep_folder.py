@@ -147,10 +147,39 @@ def test_what_is_no_sweep_and_no_job(tmp_path, sweep):
     (sweep.folder / sweep.jobs[0] / JOB).write_text('{"number": 0}')
     with pytest.raises(ConfigError, match="is none of ours"):
         read_jobs(sweep)
-    assert membership(sweep.folder / sweep.jobs[0]) is None
 
 
 def test_secrets_are_in_none_of_the_files(sweep):
     folder = sweep.folder / sweep.jobs[0]
     write_status(folder, Status(state="failed", error="api_key=abcdefgh12345678 was refused"))
     assert "abcdefgh12345678" not in (folder / STATUS).read_text()
+
+
+def job(root, sweep, told):
+    run = root / "0_seed=1"
+    run.mkdir()
+    for path, content in ((root / "sweep.json", sweep), (run / "job.json", told)):
+        if content is not None:
+            path.write_text(content)
+    return run
+
+
+def test_a_job_knows_its_sweep(tmp_path):
+    run = job(tmp_path, json.dumps({"name": "objectives", "jobs": []}), json.dumps({"number": 0, "name": "seed=1"}))
+    assert membership(run) == ("objectives", "seed=1")
+
+
+@pytest.mark.parametrize(
+    ("sweep", "told"),
+    [
+        (None, None),
+        ('{"name": "a"}', None),
+        (None, '{"name": "b"}'),
+        ('{"name": "a"', '{"name": "b"}'),
+        ('{"name": 3}', '{"name": "b"}'),
+        ('["name"]', '{"name": "b"}'),
+        ('{"name": "a"}', '{"name": ""}'),
+    ],
+)
+def test_a_run_that_is_in_none_goes_on_alone(tmp_path, sweep, told):
+    assert membership(job(tmp_path, sweep, told)) is None

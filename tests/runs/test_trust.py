@@ -107,7 +107,7 @@ REFUSED = [
     "denoiselab.training.checkpoint.load_checkpoint",
     "denoiselab.training.checkpoint.Path",  # a trusted module's import of something else
     "denoiselab.training.checkpoint.os.remove",
-    "denoiselab.training.logs.start_wandb",
+    "denoiselab.training.wandb_run.start_wandb",
     "denoiselab.training.logs.WandbLogger",
     "denoiselab.training.ema.EMA.update",
     "denoiselab.training.ema",

@@ -4,7 +4,6 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from denoiselab.training.history import CSVLogger
@@ -16,6 +15,8 @@ from denoiselab.training.logs import (
     tensorboard_logger,
     wandb_logger,
 )
+from denoiselab.training.wandb_history import History
+from denoiselab.training.wandb_run import RunLogger
 
 
 def trainer_with(*loggers, rank=0, step=7):
@@ -28,6 +29,11 @@ def wandb_runs(monkeypatch):
     calls = []
 
     class Run:
+        def __init__(self):
+            self.offline = calls[-1]["mode"] == "offline"
+            self.disabled = calls[-1]["mode"] == "disabled"
+            self.summary = {}
+
         def define_metric(self, name, **how):
             calls[-1].setdefault("defined", {})[name] = how
 
@@ -61,7 +67,7 @@ def test_the_wandb_run_is_named_after_its_folder_and_written_soon(tmp_path, wand
     options = {"project": "p", "entity": "e", "tags": ["a", "b"], "notes": "n"}
     (tmp_path / "run-1").mkdir()
     (logger,) = wandb_logger(run_dir=tmp_path / "run-1", name="shown", **options)
-    assert isinstance(logger, WandbLogger)
+    assert isinstance(logger, RunLogger)
     (arguments,) = wandb_runs
     assert re.fullmatch(r"run-1-[0-9a-f]{8}", arguments["id"])
     wandb_logger(run_dir=tmp_path / "run-1", name="shown", **options)
@@ -116,10 +122,11 @@ def test_no_logger_is_none(tmp_path):
         ("interrupted", 255, False),
     ],
 )
-def test_wandb_is_told_how_a_run_ended(status, code, preempting):
+def test_wandb_is_told_how_a_run_ended(tmp_path, status, code, preempting):
     said = []
 
     class Run:
+        offline, disabled = True, False
         summary = SimpleNamespace(update=said.append)
 
         def mark_preempting(self):
@@ -128,7 +135,7 @@ def test_wandb_is_told_how_a_run_ended(status, code, preempting):
         def finish(self, exit_code):
             said.append(exit_code)
 
-    logger = WandbLogger.__new__(WandbLogger)
-    logger._experiment = Run()
+    run = Run()
+    logger = RunLogger(run=run, run_dir=tmp_path, history=History(run))
     finish(trainer_with(logger), {"fid": 3.0}, status)
     assert said == [{"fid": 3.0, "status": status}, *(["preempting"] if preempting else []), code]

@@ -82,3 +82,15 @@ def prefetch_command() -> None:
 def replay_command() -> None:
     """`denoiselab-replay`."""
     command("replay", "denoiselab.app.replay:replay")
+
+
+def sync_command() -> None:
+    """`denoiselab-sync`; run folders and sweeps may stand alone among its arguments."""
+    sys.argv[1:] = gather(sys.argv[1:], "runs")
+    command("sync", "denoiselab.app.sync:sync")
+
+
+def dashboard_command() -> None:
+    """`denoiselab-dashboard`; a sweep or run folders may stand alone among its arguments."""
+    sys.argv[1:] = gather(sys.argv[1:], "runs")
+    command("dashboard", "denoiselab.app.dashboard:dashboard")

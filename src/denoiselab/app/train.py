@@ -114,6 +114,8 @@ def check_run(config: dict[str, Any]) -> tuple[Parts, Training]:
         raise ConfigError(
             "metrics=bits_per_dim: is measured by evaluate.py, on the finished run; train with metrics=none"
         )
+    if (images := config["logger"].get("images", 0)) < 0:
+        raise ConfigError(f"logger.images={images}: must be at least 0")
     return parts, training
 
 

@@ -27,6 +27,7 @@ from denoiselab.runs.secrets import redact
 CONFIG, COMMAND, VERSIONS, SUMMARY = "config.json", "command.json", "versions.json", "summary.json"
 ID = "id"  # of the run, in W&B for example: kept, so that a resumed run is the same one
 LOCK, WRITING = ".lock", ".writing"  # held by the process that was started, and by that of rank 0
+SENDING = ".sending"  # held by the process that sends the run to W&B
 RUNNING = {"status": "running"}  # the summary of a run that has not ended
 STARTS = "starts.jsonl"  # a line for each time that a run was started or resumed
 PACKAGES = (
@@ -111,8 +112,13 @@ def writing(folder: Path) -> AbstractContextManager[None]:
     return _locked(folder, WRITING)
 
 
+def sending(folder: Path) -> AbstractContextManager[None]:
+    """Inside, this process is the one that sends the run to W&B; see `held`."""
+    return _locked(folder, SENDING, "sent to W&B")
+
+
 @contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
+def _locked(folder: Path, name: str, doing: str = "trained") -> Iterator[None]:
     try:
         opened = open_own(folder / name, "a+")
     except OSError as error:
@@ -123,7 +129,7 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
         except (BlockingIOError, PermissionError):
             file.seek(0)
             who = show(file.read(1000).strip()) or "another process"
-            raise ConfigError(f"run={folder}: is being trained by {who}") from None
+            raise ConfigError(f"run={folder}: is being {doing} by {who}") from None
         except OSError as error:  # some file systems of clusters know no locks
             log.warning("run=%s: cannot be locked (%s); let no other process train it", folder, error.strerror)
         file.truncate(0)

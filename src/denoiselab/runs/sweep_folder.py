@@ -320,14 +320,12 @@ def ended(folder: Path, status: Status, exit_code: int, error: str | None, metri
 def _plain(path: Path) -> dict[str, Any]:
     try:
         found = read_json(path)
-    except (FileNotFoundError, ConfigError):
+    except (FileNotFoundError, NotADirectoryError, ConfigError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def membership(run_dir: Path) -> tuple[str, str] | None:
-    """The name of the sweep that a run belongs to, and that of its job; None if it is a run of its own."""
-    try:
-        return (run_dir.parent.name, read_job(run_dir).name) if (run_dir.parent / SWEEP).is_file() else None
-    except ConfigError:
-        return None
+    """The name of the sweep that a run is a job of, and the job's own, such as "objective=v,seed=1"; None for a single run."""
+    sweep, job = _plain(run_dir.parent / SWEEP).get("name"), _plain(run_dir / JOB).get("name")
+    return (sweep, job) if isinstance(sweep, str) and isinstance(job, str) and sweep and job else None

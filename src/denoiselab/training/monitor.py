@@ -20,6 +20,7 @@ from denoiselab.training.history import METRICS, TRACE, append_rows, read_rows, 
 from denoiselab.training.logs import log_metrics
 from denoiselab.training.module import DiffusionModule, condition_of
 
+SECONDS = "train/seconds"
 EDGES = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
 
@@ -33,7 +34,8 @@ class TrainingMonitor(Callback):
     """Logs, every `every` optimizer steps, the mean over all samples of all ranks since the last time.
 
     `train/loss`, `train/loss_by_log_snr/<bin>` (bins by log-SNR, comparable between paths), `train/grad_norm` (before
-    clipping), `train/lr`, `train/images_per_second` (waiting for data counts; validation, sampling and saving do not), and
+    clipping), `train/lr`, `train/images_per_second` (waiting for data counts; validation, sampling and saving do not),
+    `train/seconds` (of the same time, summed over all starts of the run: an x-axis for all that is logged at that step), and
     `train/skipped_steps` and `data/skipped` (draws of images that could not be decoded), if there were any; each such image is
     named once in the log. Also writes trace.csv, a row for each step: its loss and gradient norm, and a
     number that stands for which samples it saw at which places; a replay is held to it. Nothing is read from the device
@@ -58,12 +60,15 @@ class TrainingMonitor(Callback):
         self.drawn: list[Tensor] = []  # since steps were last read: indices, as `~index` where another image stood in
         self._trainer: lightning.Trainer | None = None
         self._seconds, self._samples = 0.0, 0
+        self._before = 0.0  # seconds of training before the last row
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Begin counting."""
         assert isinstance(pl_module, DiffusionModule)
         self.edges = self.edges.to(pl_module.device)
         self._trainer = trainer
+        rows = read_rows(Path(trainer.default_root_dir) / METRICS)  # of earlier starts
+        self._before = max((float(row[SECONDS]) for row in rows if row.get(SECONDS)), default=0.0)
         pl_module.waiting_since = time.perf_counter()
 
     def on_train_batch_end(
@@ -179,6 +184,7 @@ class TrainingMonitor(Callback):
             "train/grad_norm": self.window[-1][-1],
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train/images_per_second": self._samples * trainer.world_size / max(self._seconds, 1e-9),
+            SECONDS: self._before + self._seconds,
             **{
                 f"train/loss_by_log_snr/{name}": t / c
                 for name, t, c in zip(bin_names(), total, count, strict=True)
@@ -190,6 +196,7 @@ class TrainingMonitor(Callback):
         if stand_ins := sum(row[-3] for row in self.window):
             self.latest["data/skipped"] = stand_ins
         log_metrics(trainer, self.latest)
+        self._before += self._seconds
         self.window, self._seconds, self._samples = [], 0.0, 0
 
 
