@@ -42,3 +42,16 @@ def held_back(numbers: Collection[signal.Signals] = STOPPING) -> Iterator[None]:
             signal.signal(number, handler)
         for again in received:
             signal.raise_signal(again)
+
+
+@contextmanager
+def blocked(numbers: Collection[signal.Signals] = STOPPING) -> Iterator[None]:
+    """Inside, signals wait; processes and threads that begin meanwhile never see them.
+
+    Batch systems send signals to every process of a job, also to helpers of libraries that know nothing to do but end.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)

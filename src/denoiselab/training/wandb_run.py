@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import sending
+from denoiselab.runs.signals import blocked
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of
 from denoiselab.training.history import surviving
 from denoiselab.training.saving import BEST
@@ -65,7 +66,10 @@ class RunLogger(WandbLogger):
             self.history.flush()
         identity, run = read_identity(self.run_dir), self.experiment
         upload = identity is not None and identity.checkpoints and not (run.offline or run.disabled)
-        end_run(run, summary, status, self.run_dir if upload else None)
+        try:
+            end_run(run, summary, status, self.run_dir if upload else None)
+        except Exception:  # what W&B has lost, `denoiselab-sync` sends; the run has ended as it has
+            log.exception("the W&B run could not be ended")
         if self.lock is not None:
             self.lock.__exit__(None, None, None)
 
@@ -129,15 +133,16 @@ def start_wandb(folder: Path, id: str, job_type: str, *, mode: str | None = None
     """
     import wandb
 
-    chosen: Any = os.environ.get("WANDB_MODE") or mode or ("online" if wandb.login(prompt=False) else "offline")
-    how |= {"dir": folder, "id": id, "job_type": job_type, "settings": settings()}
-    try:
-        return wandb.init(mode=chosen, **how)
-    except wandb.errors.CommError as error:
-        if chosen != "online":
-            raise
-        log.warning("W&B cannot be reached (%s); this run is offline, send it later with sync.py", error)
-        return wandb.init(mode="offline", **how)
+    with blocked():  # USR1 and USR2 would end W&B's own process, which a batch system sends them to as well
+        chosen: Any = os.environ.get("WANDB_MODE") or mode or ("online" if wandb.login(prompt=False) else "offline")
+        how |= {"dir": folder, "id": id, "job_type": job_type, "settings": settings()}
+        try:
+            return wandb.init(mode=chosen, **how)
+        except wandb.errors.CommError as error:
+            if chosen != "online":
+                raise
+            log.warning("W&B cannot be reached (%s); this run is offline, send it later with sync.py", error)
+            return wandb.init(mode="offline", **how)
 
 
 def settings(**more: Any) -> Any:
