@@ -18,7 +18,15 @@ from denoiselab.runs import local_jobs
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
 from denoiselab.runs.sweep_folder import read_jobs, read_sweep
 
-LAUNCHER = {"folder": None, "root": "sweeps", "jobs": 1, "metric": None, "resume": False, "dry_run": False}
+LAUNCHER = {
+    "folder": None,
+    "root": "sweeps",
+    "jobs": 1,
+    "metric": None,
+    "resume": False,
+    "freeze": False,
+    "dry_run": False,
+}
 SETTINGS = {
     "metric": "val/x0_mse",
     "mode": "min",

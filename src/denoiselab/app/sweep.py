@@ -7,9 +7,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from denoiselab.app.resume import is_plain
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
 from denoiselab.runs.folder import command_line, held
+from denoiselab.runs.frozen_code import freeze
 from denoiselab.runs.launch import launched_from_outside
 from denoiselab.runs.local_jobs import Slot, run_jobs, share_out
 from denoiselab.runs.sweep_folder import (
@@ -34,6 +35,7 @@ from denoiselab.runs.sweep_folder import (
     sweep_name,
     varying,
     write_status,
+    write_sweep,
 )
 
 PATIENCE = 60.0  # seconds for the jobs of a sweep that was killed to save and end
@@ -48,6 +50,7 @@ LOCAL_KEYS: dict[str, Any] = {
     "jobs": int | str,
     "metric": str | None,
     "resume": bool,
+    "freeze": bool,
     "dry_run": bool,
 }
 SWEEP_KEYS: dict[str, Any] = {
@@ -55,6 +58,7 @@ SWEEP_KEYS: dict[str, Any] = {
     "folder": str | None,
     "jobs": int | str | None,
     "failed": bool,
+    "code": str,
     "trust": list[str],
 }
 
@@ -162,18 +166,13 @@ class LocalSweep:
 
     def begin(self, name: str, metric: str | None = None) -> Sweep:
         """Make the folder of the sweep, or take the one there is if it is to be gone on with."""
-        folder = None if self.settings["folder"] is None else Path(self.settings["folder"])
-        if self.settings["resume"] and folder is not None:
-            self.sweep = read_sweep(folder)
-        else:
-            what = {
-                "command": command_line(),
-                "launcher": {"kind": "local", "jobs": self.settings["jobs"]},
-                "directory": os.getcwd(),
-                "metric": self.settings["metric"] or metric,
-            }
-            self.sweep = make_sweep(Path(self.settings["root"]), folder, name, what)
-        print(f"sweep  {self.sweep.folder}")
+        if self.settings["resume"] and self.settings["folder"] is not None:
+            self.sweep = read_sweep(Path(self.settings["folder"]))
+            print(f"sweep  {self.sweep.folder}")
+            return self.sweep
+        launcher = {"kind": "local", "jobs": self.settings["jobs"]}
+        code = freeze() if self.settings["freeze"] else None
+        self.sweep = begin_sweep(self.settings, launcher, name, metric=metric, code=code)
         return self.sweep
 
     def conclude(self) -> None:
@@ -184,6 +183,34 @@ class LocalSweep:
         """
         if self.sweep is not None:
             conclude(self.sweep)
+
+
+def begin_sweep(
+    settings: dict[str, Any], launcher: dict[str, Any], name: str, *, metric: str | None = None, code: str | None
+) -> Sweep:
+    """Make the folder of a sweep, and say where it is.
+
+    Args:
+        settings: of the launcher.
+        launcher: what of them is needed to go on with it.
+        name: for a folder of its own.
+        metric: that stands for a job, if the settings do not say.
+        code: the name of the copy of the code.
+
+    Raises:
+        ConfigError: if it cannot be made.
+    """
+    what = {
+        "command": command_line(),
+        "launcher": launcher,
+        "directory": os.getcwd(),
+        "metric": settings["metric"] or metric,
+        "code": code,
+    }
+    folder = None if settings["folder"] is None else Path(settings["folder"])
+    sweep = make_sweep(Path(settings["root"]), folder, name, what)
+    print(f"sweep  {sweep.folder}")
+    return sweep
 
 
 def make_slots(at_once: int | str, configs: Sequence[dict[str, Any]]) -> list[Slot]:
@@ -226,6 +253,8 @@ def sweep(options: dict[str, Any], choices: dict[str, str], overrides: list[str]
     """
     for key, annotation in SWEEP_KEYS.items():
         check_value(options[key], annotation, key)
+    if options["code"] not in ("then", "now"):
+        raise ConfigError(f"code={options['code']}: must be then, as the sweep was begun with, or now")
     actions = {"resume": _resume, "status": _status, "collect": _collect}
     if options["action"] not in actions or options["folder"] is None:
         raise ConfigError("sweep: say what to do and with which: sweep.py resume|status|collect <folder of a sweep>")
@@ -256,6 +285,14 @@ def _resume(sweep: Sweep, options: dict[str, Any]) -> None:
     if not options["failed"]:
         todo = [job for job in todo if job.status.state != "failed"]
     print(f"sweep  {sweep.folder}\n{len(todo)} of {len(sweep.jobs)} jobs to do")
+    if options["code"] == "now" and todo:
+        sweep = replace(sweep, code=freeze())
+        write_sweep(sweep)
+    if sweep.launcher.get("kind") == "slurm":
+        from denoiselab.app.cluster import resume_submitted
+
+        resume_submitted(sweep, todo)
+        return
     if not os.path.isdir(sweep.directory):
         raise ConfigError(f"sweep={sweep.folder}: was started from {sweep.directory}, which is not there")
     with resumable(sweep):
@@ -323,9 +360,22 @@ def wait_for(job: Job) -> None:
             time.sleep(0.5)
 
 
-def look(job: Job, metric: str | None) -> Status:
-    """How a job stands; one that was killed without a word has failed."""
+def look(job: Job, metric: str | None, queue: Mapping[str, str]) -> Status:
+    """How a job stands; one that was killed without a word has failed.
+
+    Args:
+        job: to look at.
+        metric: that stands for it.
+        queue: what a batch system says of its tasks.
+    """
     status = job.status
+    if status.cluster_job is not None and status.state in ("queued", "running", "preempted"):
+        said = queue.get(status.cluster_job, "gone from the queue")
+        if said in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"):
+            return replace(status, state="running" if said == "RUNNING" else "queued")
+        if status.state == "preempted" or said == "CANCELLED":
+            return replace(status, state="interrupted" if said == "CANCELLED" else "preempted", error=None)
+        return ended(job.folder, status, 1, f"ended without a word (Slurm: {said})", metric)
     if status.state != "running":
         return status
     try:
@@ -335,9 +385,17 @@ def look(job: Job, metric: str | None) -> Status:
         return status
 
 
+def look_at_all(sweep: Sweep) -> list[tuple[Job, Status]]:
+    """How all jobs stand."""
+    from denoiselab.runs.slurm import in_queue
+
+    jobs = read_jobs(sweep)
+    queue = in_queue([task for job in jobs if (task := job.status.cluster_job)])
+    return [(job, look(job, sweep.metric, queue)) for job in jobs]
+
+
 def _status(sweep: Sweep, options: dict[str, Any]) -> None:
-    for job in read_jobs(sweep):
-        status = look(job, sweep.metric)
+    for job, status in look_at_all(sweep):
         if status != job.status:
             write_status(job.folder, status)
     print_sweep_of(sweep)
@@ -347,7 +405,7 @@ def _collect(sweep: Sweep, options: dict[str, Any]) -> None:
     """Write a table of all jobs: what varies, how each stands, and every number of its summary."""
     from denoiselab.reports.sweep_table import rows
 
-    table = rows(sweep, [(job, look(job, sweep.metric)) for job in read_jobs(sweep)])
+    table = rows(sweep, look_at_all(sweep))
     columns = list(dict.fromkeys(key for row in table for key in row))
     with (sweep.folder / RESULTS).open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)

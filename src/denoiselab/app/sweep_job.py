@@ -7,16 +7,24 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
+from collections.abc import MutableMapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from denoiselab.app.compose import answering
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
+from denoiselab.runs.folder import write_text
+from denoiselab.runs.launch import is_echo
 from denoiselab.runs.signals import held_back
-from denoiselab.runs.sweep_folder import ended, membership, read_job, read_status, read_sweep, write_status
+from denoiselab.runs.sweep_folder import Status, ended, membership, read_job, read_status, read_sweep, write_status
 
+TASK = "DENOISELAB_SLURM_TASK"  # variable: "51_0", the task of an array that this process belongs to
+FAILED = ".failed"  # a file in which a rank says that it has failed
+ECHO = 20.0  # seconds in which the others can end in good order
+KILLED = 137  # exit code, as shells and srun say it
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -27,22 +35,30 @@ def main() -> None:
     parser.add_argument("--cores", help="that it may use, such as 0,1")
     parser.add_argument("--trust", help="packages whose classes its config, which is not the caller's, may name")
     parser.add_argument("--stay", action="store_true", help="go on if the process that started it ends")
+    parser.add_argument("--conclude", type=int, help="only write down that it has ended with this exit code")
     options = parser.parse_args()
     began = time.time()
+    several = _join_step(os.environ)
     with answering():
         if not options.stay:
             _end_with_parent()
         if options.cores:
             os.sched_setaffinity(0, {int(core) for core in options.cores.split(",")})
         job = read_job(options.folder)
+        if options.conclude is not None:
+            _conclude(job.folder, read_status(job.folder), options.conclude)
+            return
         metric = read_sweep(job.folder.parent).metric if membership(job.folder) else None
         status = replace(read_status(job.folder), state="running", exit_code=None, error=None)
-        status = replace(status, attempts=status.attempts + 1)
+        status = replace(status, attempts=status.attempts + 1, cluster_job=os.environ.get(TASK) or status.cluster_job)
         first = os.environ.get("RANK", "0") == "0"
-        code, error = 1, None
+        code, error, echo = 1, None, False
         try:
             if first:
+                (job.folder / FAILED).unlink(missing_ok=True)
                 write_status(job.folder, status)
+            if several:
+                _end_together(job.folder, status)
             with held_back():  # libraries answer an interrupted import in ways of their own
                 from denoiselab.app.train import train
                 from denoiselab.app.trained import without_consent
@@ -59,16 +75,97 @@ def main() -> None:
             raise
         except Exception as failure:
             code = 2 if isinstance(failure, ConfigError) else 1
-            known = isinstance(failure, ConfigError | RankError)
+            known, echo = isinstance(failure, ConfigError | RankError), is_echo(failure)
             error = " ".join((str(failure) if known else f"{type(failure).__name__}: {failure}").split())[:500]
             raise
         finally:
+            if several and error is not None:
+                error = _first_cause(job.folder, error, echo)
             if first:
                 with held_back():
                     done = ended(job.folder, status, code, error, metric)
                     if metric is not None and done.metric is None:
                         done = replace(done, metric=_last_logged(job.folder, metric))
                     write_status(job.folder, replace(done, seconds=round(time.time() - began, 1)))
+
+
+def _join_step(environment: MutableMapping[str, str]) -> bool:
+    """Take the place in a job of processes that srun has started, as torchrun would say it; whether there are several.
+
+    What else Slurm says is taken away: Lightning would make something of it.
+    """
+    said = {key: value for key, value in environment.items() if key.startswith("SLURM_") and key != "SLURM_CONF"}
+    if "SLURM_STEP_ID" not in said:
+        return False
+    if "SLURM_ARRAY_JOB_ID" in said:
+        environment[TASK] = f"{said['SLURM_ARRAY_JOB_ID']}_{said['SLURM_ARRAY_TASK_ID']}"
+    for key in said:
+        del environment[key]
+    if int(said["SLURM_STEP_NUM_TASKS"]) > 1:
+        environment.update(
+            {
+                "RANK": said["SLURM_PROCID"],
+                "WORLD_SIZE": said["SLURM_STEP_NUM_TASKS"],
+                "LOCAL_RANK": said["SLURM_LOCALID"],
+                "LOCAL_WORLD_SIZE": said["SLURM_STEP_TASKS_PER_NODE"].partition("(")[0],
+                "GROUP_RANK": said["SLURM_NODEID"],
+                "TORCHELASTIC_RUN_ID": said[
+                    "SLURM_JOB_ID"
+                ],  # by which Lightning knows processes that are started for it
+            }
+        )
+    return int(said["SLURM_STEP_NUM_TASKS"]) > 1
+
+
+def _end_together(folder: Path, status: Status) -> None:
+    """From here on, this rank ends some time after another one has failed, whatever it is waiting for.
+
+    Ranks that srun has started have no common parent who would see to that, and those on GPUs wait for one another for ever.
+    """
+
+    def watch() -> None:
+        while not (folder / FAILED).exists():
+            time.sleep(1.0)
+        time.sleep(ECHO)
+        if os.environ["RANK"] == "0":
+            _conclude(folder, status, 1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _first_cause(folder: Path, error: str, echo: bool) -> str:
+    """Why a job of several ranks has failed, from one that has; the first one's word stands.
+
+    Args:
+        folder: of the job.
+        error: of this rank.
+        echo: whether that is how the end of another rank reaches this one.
+    """
+    from denoiselab.runs.folder import SUMMARY, read_json, read_small, write_json
+
+    try:
+        cause = read_small(folder / FAILED, 2000).decode(errors="replace").strip()
+    except FileNotFoundError:
+        cause = "a rank ended without a word (killed?)" if echo else f"rank {os.environ['RANK']} failed: {error}"
+        write_text(folder / FAILED, f"{cause}\n")
+    if os.environ["RANK"] == "0" and (folder / SUMMARY).exists():
+        write_json(folder / SUMMARY, read_json(folder / SUMMARY) | {"error": cause})
+    return cause
+
+
+def _conclude(folder: Path, status: Status, code: int) -> None:
+    """Have a job's files say that it has failed, where they do not say how it has ended."""
+    from denoiselab.runs.folder import RUNNING, SUMMARY, read_json, read_small, write_json
+
+    try:
+        cause = read_small(folder / FAILED, 2000).decode(errors="replace").strip()
+    except FileNotFoundError:
+        cause = f"ended with exit code {code}" + (" (out of memory?)" if code == KILLED else "")
+    if (folder / SUMMARY).exists() and read_json(folder / SUMMARY) == RUNNING:
+        write_json(folder / SUMMARY, {"status": "failed", "error": cause})
+    if status.state == "running":
+        write_status(folder, ended(folder, status, code, cause))
 
 
 def _last_logged(folder: Path, metric: str) -> dict[str, Any] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from denoiselab.evaluation.arrays import read_tensors, write_tensors
 from denoiselab.evaluation.collect import broadcast, gather, ranks
 from denoiselab.evaluation.distances import Moments, Statistics
 from denoiselab.evaluation.features import Extractor, Features, FeatureSet
+from denoiselab.runs.folder import cache_folder
 
 SCHEMA = 2  # of the cache files; part of their key
 LIMIT = 50_000  # so many real images at most are kept one by one, for measures of neighbours and kernels
@@ -72,11 +72,6 @@ class Reference:
     sample: FeatureSet | None
     numbers: Tensor
     facts: dict[str, Any]
-
-
-def cache_folder() -> Path:
-    """Where references are kept unless told otherwise: DENOISELAB_CACHE, or ~/.cache/denoiselab."""
-    return Path(os.environ.get("DENOISELAB_CACHE") or Path.home() / ".cache" / "denoiselab")
 
 
 def cache_key(fingerprint: str, extractor: Extractor, split: Split) -> str:

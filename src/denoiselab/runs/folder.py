@@ -28,6 +28,7 @@ CONFIG, COMMAND, VERSIONS, SUMMARY = "config.json", "command.json", "versions.js
 ID = "id"  # of the run, in W&B for example: kept, so that a resumed run is the same one
 LOCK, WRITING = ".lock", ".writing"  # held by the process that was started, and by that of rank 0
 SENDING = ".sending"  # held by the process that sends the run to W&B
+GIT = "_git.json"  # in a copy of the package: the state of the checkout that it was made of
 RUNNING = {"status": "running"}  # the summary of a run that has not ended
 STARTS = "starts.jsonl"  # a line for each time that a run was started or resumed
 PACKAGES = (
@@ -304,8 +305,15 @@ def versions() -> dict[str, Any]:
     }
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: DENOISELAB_CACHE, or ~/.cache/denoiselab."""
+    return Path(os.environ.get("DENOISELAB_CACHE") or Path.home() / ".cache" / "denoiselab")
+
+
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, branch and changed files of the checkout that holds `folder`; None outside one."""
+    """Commit, branch and changed files of the checkout that holds `folder`, or that it is a copy of; None outside one."""
+    if copied := next((f for p in (folder, *folder.parents) if (f := p / GIT).is_file()), None):
+        return json.loads(copied.read_text())
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from denoiselab.runs.errors import Stopped
 from denoiselab.runs.folder import open_own
+from denoiselab.runs.frozen_code import frozen
 from denoiselab.runs.sweep_folder import LOG, Job, Status, Sweep, ended, read_status, write_status
 
 POLL_SECONDS = 0.2
@@ -28,7 +29,7 @@ WATCH_SECONDS = 2.0  # between looks at the numbers of a running job
 GRACE_SECONDS = 30.0  # for the other processes of a job whose first was killed: they save
 _FOREIGN = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_.*|NODE_RANK|MASTER_(ADDR|PORT)"
-    r"|TORCHELASTIC_.*|SLURM_.*|SRUN_.*|PMI_.*|PMIX_.*|OMPI_.*"
+    r"|TORCHELASTIC_.*|SLURM_(?!CONF$).*|SRUN_.*|PMI_.*|PMIX_.*|OMPI_.*"
     r"|WANDB_(RUN_ID|RUN_GROUP|RESUME|NAME|JOB_TYPE|SWEEP_ID|NOTES|TAGS|DIR|SERVICE))"
 )
 
@@ -58,9 +59,17 @@ class _Running:
     pruned: bool = False
 
 
-def job_environment(environment: Mapping[str, str], slot: Slot) -> dict[str, str]:
-    """The variables that a job begins with: those of this process, but for what would make it part of another job."""
+def job_environment(environment: Mapping[str, str], slot: Slot, code: str | None = None) -> dict[str, str]:
+    """The variables that a job begins with: those of this process, but for what would make it part of another job.
+
+    Args:
+        environment: of this process.
+        slot: to work in.
+        code: the name of the copy of the code that it runs.
+    """
     kept = {key: value for key, value in environment.items() if not _FOREIGN.fullmatch(key)}
+    if code is not None:
+        kept["PYTHONPATH"] = os.pathsep.join([str(frozen(code)), *filter(None, [kept.get("PYTHONPATH")])])
     return kept | ({} if slot.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)})
 
 
@@ -160,7 +169,7 @@ def _start(
         process = subprocess.Popen(
             job_command(job.folder, slot, trust),
             cwd=sweep.directory,
-            env=job_environment(os.environ, slot),
+            env=job_environment(os.environ, slot, sweep.code),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -24,7 +24,7 @@ from denoiselab.runs.errors import INTERRUPTED, REQUEUE, ConfigError
 from denoiselab.runs.folder import ID, SUMMARY, make_run_folder, read_json, read_small, write_json
 
 SWEEP, JOB, STATUS, LOG = "sweep.json", "job.json", "status.json", "job.log"
-OF_A_JOB = (JOB, STATUS, LOG)  # what is in a run folder before the run has begun
+OF_A_JOB = (JOB, STATUS, LOG, ".failed")  # what is in a run folder before the run has begun
 LONGEST = 100  # characters of a folder's name
 
 State = Literal["queued", "running", "finished", "failed", "preempted", "interrupted", "pruned"]
@@ -110,6 +110,7 @@ class Sweep:
         directory: that it was started from, which relative paths in configs begin at.
         metric: that stands for a job in tables; None: the first that it measures.
         jobs: the names of their folders.
+        code: the name of the copy of the code that they run; None: the code as it is when each begins.
     """
 
     folder: Path
@@ -118,11 +119,12 @@ class Sweep:
     directory: str
     metric: str | None = None
     jobs: list[str] = field(default_factory=list)
+    code: str | None = None
 
 
 def varying(overrides: Sequence[str], typed: Sequence[str]) -> list[str]:
     """What tells a job from the others of its sweep: its overrides but for those that were typed for all of them."""
-    return [override for override in overrides if override not in typed] or list(overrides)
+    return [override for override in overrides if override not in typed]
 
 
 def sweep_name(varies: Sequence[Sequence[str]]) -> str:
@@ -189,12 +191,19 @@ def read_sweep(folder: Path) -> Sweep:
         plain = read_json(folder / SWEEP)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"sweep={folder}: is no sweep (it has no {SWEEP})") from error
-    kinds = {"command": list, "launcher": dict, "directory": str, "metric": str | None, "jobs": list}
+    kinds = {
+        "command": list,
+        "launcher": dict,
+        "directory": str,
+        "metric": str | None,
+        "jobs": list,
+        "code": str | None,
+    }
     if not isinstance(plain, dict) or any(not isinstance(plain.get(key), kind) for key, kind in kinds.items()):
         raise ConfigError(f"sweep={folder}: its {SWEEP} is none of ours")
     if any(not isinstance(n, str) or not n or Path(n).name != n or n == ".." for n in plain["jobs"]):
         raise ConfigError(f"sweep={folder}: its {SWEEP} names jobs outside it")
-    return Sweep(folder=folder.resolve(), **{key: plain[key] for key in kinds})
+    return Sweep(folder=folder.resolve(), **{key: plain.get(key) for key in kinds})
 
 
 def add_jobs(
@@ -217,9 +226,9 @@ def add_jobs(
         for number, (some, (config, choices, overrides)) in enumerate(
             zip(varies, composed, strict=True), len(sweep.jobs)
         ):
-            name = ",".join(some) or "defaults"
+            name = ",".join(some or overrides) or "defaults"
             short = _fit("+".join(f"{_last(override)}-{override.partition('=')[2]}" for override in some))
-            job = Job(sweep.folder / f"{number}_{short or name}", number, name, some, config, choices, overrides)
+            job = Job(sweep.folder / f"{number}_{short or 'run'}", number, name, some, config, choices, overrides)
             job.folder.mkdir()
             write_json(job.folder / JOB, {key: value for key, value in asdict(job).items() if key != "folder"})
             write_status(job.folder, Status())
@@ -244,7 +253,7 @@ def read_job(folder: Path) -> Job:
     kinds = {"number": int, "name": str, "varies": list, "config": dict, "choices": dict, "overrides": list}
     if not isinstance(plain, dict) or any(not isinstance(plain.get(key), kind) for key, kind in kinds.items()):
         raise ConfigError(f"job={folder}: its {JOB} is none of ours")
-    return Job(folder=folder.resolve(), **{key: plain[key] for key in kinds})
+    return Job(folder=folder.resolve(), **{key: plain.get(key) for key in kinds})
 
 
 def read_jobs(sweep: Sweep) -> list[Job]:

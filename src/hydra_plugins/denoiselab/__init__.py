@@ -71,6 +71,22 @@ class LocalLauncher(_SweepLauncher):
         return [JobReturn(overrides=job.overrides, _return_value=job, status=JobStatus.COMPLETED) for job in done]
 
 
+class SlurmLauncher(_SweepLauncher):
+    """Jobs as an array of Slurm; see conf/hydra/launcher/slurm.yaml for its settings."""
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
+        """Submit the jobs."""
+        from denoiselab.app.cluster import SlurmSweep
+
+        jobs = self.compose(job_overrides)
+        if initial_job_idx == 0:
+            typed: Any = OmegaConf.to_container(self.config.hydra.overrides.task)
+            self.sweep = SlurmSweep(settings=self.settings, typed=typed)
+        with self.composed.at_work():
+            done = self.sweep.launch(job_overrides, jobs)
+        return [JobReturn(overrides=job.overrides, _return_value=job, status=JobStatus.COMPLETED) for job in done]
+
+
 class OptunaSweeper(Sweeper):
     """Asks optuna what to try next; see `denoiselab.app.search`.
 

@@ -1,0 +1,197 @@
+"""Sweeps as arrays of a real Slurm: they end, fail, are queued again at their time limit, and are cancelled."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from denoiselab.runs.sweep_folder import read_jobs, read_sweep
+
+pytestmark = pytest.mark.slurm
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "backbone.width=8",
+    "backbone.multipliers=[1]",
+    "backbone.attention_resolutions=[]",
+    "datamodule.batch_size=8",
+    "metrics=none",
+    "schedule.warmup_steps=0",
+    "trainer.threads=1",
+    "trainer.max_steps=6",
+    "callbacks.monitor.every=1",
+    "callbacks.pictures=null",
+    "+callbacks.trouble._target_=trouble.Trouble",
+]
+SLURM = [
+    "hydra/launcher=slurm",
+    "hydra.launcher.cpus_per_task=1",
+    "+hydra.launcher.environment.MASTER_ADDR=127.0.0.1",
+    "+hydra.launcher.environment.GLOO_SOCKET_IFNAME=lo",
+]
+TROUBLE = """
+import time
+from lightning.pytorch.callbacks import Callback
+
+
+class Trouble(Callback):
+    def __init__(self, *, what: str) -> None:
+        self.what = what
+
+    def on_train_batch_end(self, trainer, module, *rest):
+        if self.what == "slow":
+            time.sleep(0.4)
+        if trainer.global_rank == trainer.world_size - 1 and trainer.global_step == 3 and self.what == "raises":
+            raise RuntimeError("deliberate trouble")
+"""
+
+
+@dataclass
+class Submitted:
+    """A working folder with a Slurm to submit to."""
+
+    slurm: object
+    folder: Path
+
+    def __post_init__(self):
+        (self.folder / "trouble.py").write_text(TROUBLE)
+        self.environment = self.slurm.environment | {
+            "PYTHONPATH": os.pathsep.join([str(self.folder), os.environ.get("PYTHONPATH", "")]),
+            "DENOISELAB_CACHE": str(self.folder / "cache"),
+            "WANDB_MODE": "offline",
+            "COLUMNS": "200",
+        }
+
+    def call(self, script, *typed, code=0):
+        line = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, typed)]
+        done = subprocess.run(
+            line, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def submit(self, name, *typed):
+        began = time.monotonic()
+        out = self.call("train", "-m", *SLURM, *SMALL, *typed, f"hydra.launcher.folder={name}")
+        print(out, f"{time.monotonic() - began:.1f} s")
+        assert f"python scripts/sweep.py status {self.folder / name}" in out
+        return out
+
+    def jobs(self, name):
+        return read_jobs(read_sweep(self.folder / name))
+
+    def wait(self, name, *states, seconds=400):
+        end = time.monotonic() + seconds
+        while not all(job.status.state in states for job in self.jobs(name)):
+            assert time.monotonic() < end, f"{self.call('sweep', 'status', name)}\n{self.logs(name)}"
+            time.sleep(0.5)
+        return self.jobs(name)
+
+    def array(self, name):
+        return self.jobs(name)[0].status.cluster_job.partition("_")[0]
+
+    def logs(self, name):
+        out = io.StringIO()
+        for path in [*(self.folder / name).glob("slurm/*.log"), *(self.folder / name).glob("*/job.log")]:
+            with contextlib.suppress(OSError):
+                out.write(f"--- {path}\n{path.read_text()[-1500:]}\n")
+        return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def sweeps(slurm, tmp_path_factory):
+    """All sweeps of this module, submitted at once: they share the nodes as they would."""
+    here = Submitted(slurm, tmp_path_factory.mktemp("sweeps"))
+    slow = ["+callbacks.trouble.what=slow", "trainer.max_steps=80", "callbacks.checkpoints.every=1000"]
+    limit = ["hydra.launcher.time=1", "hydra.launcher.signal_seconds=15"]
+    here.submit("limit", *slow, *limit, "seed=7")
+    ddp = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
+    here.submit("nodes", "+callbacks.trouble.what=none,raises", *ddp)
+    here.submit("four", "+callbacks.trouble.what=none,raises", "objective=v,x0", "hydra.launcher.at_once=2")
+    here.submit("cancelled", *slow, "trainer.max_steps=2000", "seed=8")
+    return here
+
+
+def test_an_array_of_four_of_which_two_fail(sweeps):
+    jobs = sweeps.wait("four", "finished", "failed")
+    found = {job.name: job.status for job in jobs}
+    assert [status.state for status in found.values()] == ["finished", "finished", "failed", "failed"], sweeps.logs(
+        "four"
+    )
+    assert all(status.error == "RuntimeError: deliberate trouble" for status in list(found.values())[2:])
+    assert len({(job.folder / "id").read_text() for job in jobs}) == 4
+    assert {job.status.cluster_job for job in jobs} == {f"{sweeps.array('four')}_{i}" for i in range(4)}
+    out = sweeps.call("sweep", "status", "four")
+    assert out.count("finished") == 2
+    assert "job 2 failed: RuntimeError: deliberate trouble" in out
+    assert not (sweeps.folder / "runs").exists()
+
+
+def test_two_ranks_on_two_nodes(sweeps):
+    good, bad = sweeps.wait("nodes", "finished", "failed")
+    assert (good.status.state, good.status.step) == ("finished", 6), sweeps.logs("nodes")
+    assert "processes: 2" in (good.folder / "job.log").read_text()
+    assert (bad.status.state, bad.status.error) == ("failed", "rank 1 failed: RuntimeError: deliberate trouble")
+    assert json.loads((bad.folder / "summary.json").read_text())["error"] == bad.status.error
+    assert json.loads((bad.folder / "summary.json").read_text())["status"] == "failed"
+
+
+def test_what_is_cancelled_stays_so_and_can_be_gone_on_with(sweeps):
+    (job,) = sweeps.jobs("cancelled")
+    end = time.monotonic() + 200
+    while not (job.folder / "trace.csv").exists() or (job.folder / "trace.csv").read_text().count("\n") < 6:
+        assert time.monotonic() < end, sweeps.logs("cancelled")
+        time.sleep(0.2)
+    sweeps.slurm.run("scancel", sweeps.array("cancelled"))
+    sweeps.wait("cancelled", "preempted", seconds=60)
+    time.sleep(3)
+    assert set(sweeps.slurm.states(sweeps.array("cancelled"))) == {"CANCELLED"}
+    assert "interrupted" in sweeps.call("sweep", "status", "cancelled")
+    step = job.status.step
+    assert step > 4
+    sweeps.call("sweep", "resume", "cancelled")
+    assert sweeps.wait("cancelled", "running", seconds=60)
+    end = time.monotonic() + 100
+    while (job.folder / "starts.jsonl").read_text().count("\n") < 2:
+        assert time.monotonic() < end, sweeps.logs("cancelled")
+        time.sleep(0.2)
+    assert json.loads((job.folder / "starts.jsonl").read_text().splitlines()[1])["step"] == step
+    sweeps.slurm.run("scancel", sweeps.array("cancelled"))
+
+
+def test_a_job_that_reaches_its_limit_ends_as_one_that_nobody_stopped(sweeps):
+    (job,) = sweeps.wait("limit", "finished")
+    straight = [a for a in SMALL if "trouble" not in a] + ["trainer.max_steps=80", "callbacks.checkpoints.every=1000"]
+    sweeps.call("train", *straight, "seed=7", f"run={sweeps.folder / 'straight'}")
+    assert (job.folder / "trace.csv").read_bytes() == (sweeps.folder / "straight" / "trace.csv").read_bytes()
+    starts = [json.loads(line)["step"] for line in (job.folder / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) >= 2, "it was never queued again"
+    assert starts[0] == 0
+    assert all(later > sooner for sooner, later in zip(starts, starts[1:], strict=False))
+    assert job.status.attempts == len(starts)
+    assert len({path.name.rpartition("-")[2] for path in job.folder.glob("wandb/offline-run-*")}) == 1
+    record = sweeps.slurm.records(job.status.cluster_job)[0]
+    assert record["Restarts"] == str(len(starts) - 1)
+
+
+def test_a_mistake_is_found_before_anything_is_submitted(sweeps):
+    for typed, word in {
+        "hydra.launcher.partition=nope": "invalid partition specified: nope",
+        "hydra.launcher.nodes=2": "trainer.num_nodes=1; say trainer.num_nodes=2",
+        "hydra.launcher.gpus_per_node=1": "trainer.accelerator=cpu",
+        "hydra.launcher.cpus_per_task=500": "sbatch refuses",
+        "optimizer.lr=-1": "optimizer.lr=-1: must be at least 0",
+        "hydra.launcher.requeues=-1": "hydra.launcher.requeues=-1: must be at least 0",
+    }.items():
+        out = sweeps.call("train", "-m", *SLURM, *SMALL, "+callbacks.trouble.what=none", typed, "name=bad", code=2)
+        assert word in out
+        assert out.count("\n") == 1, out
+    assert not (sweeps.folder / "sweeps").exists()
