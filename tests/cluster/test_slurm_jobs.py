@@ -175,7 +175,7 @@ def test_a_job_that_reaches_its_limit_ends_as_one_that_nobody_stopped(sweeps):
     starts = [json.loads(line)["step"] for line in (job.folder / "starts.jsonl").read_text().splitlines()]
     assert len(starts) >= 2, "it was never queued again"
     assert starts[0] == 0
-    assert all(later > sooner for sooner, later in zip(starts, starts[1:], strict=False))
+    assert starts == sorted(set(starts))
     assert job.status.attempts == len(starts)
     assert len({path.name.rpartition("-")[2] for path in job.folder.glob("wandb/offline-run-*")}) == 1
     record = sweeps.slurm.records(job.status.cluster_job)[0]

@@ -203,7 +203,8 @@ def read_sweep(folder: Path) -> Sweep:
         raise ConfigError(f"sweep={folder}: its {SWEEP} is none of ours")
     if any(not isinstance(n, str) or not n or Path(n).name != n or n == ".." for n in plain["jobs"]):
         raise ConfigError(f"sweep={folder}: its {SWEEP} names jobs outside it")
-    return Sweep(folder=folder.resolve(), **{key: plain.get(key) for key in kinds})
+    plain.setdefault("code", None)
+    return Sweep(folder=folder.resolve(), **{key: plain[key] for key in kinds})
 
 
 def add_jobs(
@@ -253,7 +254,7 @@ def read_job(folder: Path) -> Job:
     kinds = {"number": int, "name": str, "varies": list, "config": dict, "choices": dict, "overrides": list}
     if not isinstance(plain, dict) or any(not isinstance(plain.get(key), kind) for key, kind in kinds.items()):
         raise ConfigError(f"job={folder}: its {JOB} is none of ours")
-    return Job(folder=folder.resolve(), **{key: plain.get(key) for key in kinds})
+    return Job(folder=folder.resolve(), **{key: plain[key] for key in kinds})
 
 
 def read_jobs(sweep: Sweep) -> list[Job]:
