@@ -194,6 +194,16 @@ def test_nothing_of_another_job_or_run_reaches_a_job():
     own = {"PATH": "p", "WANDB_MODE": "offline", "WANDB_API_KEY": "k", "OMP_NUM_THREADS": "1", "MY_RANK": "1"}
     assert job_environment(foreign | own, Slot()) == own
     assert job_environment(own, Slot(gpus=("2", "3")))["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert job_environment({"SLURM_CONF": "c"}, Slot()) == {
+        "SLURM_CONF": "c"
+    }  # which says where Slurm is, not what runs
+
+
+def test_a_job_runs_the_code_that_was_kept_for_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("DENOISELAB_CACHE", str(tmp_path))
+    (tmp_path / "code" / "0123abcd" / "src").mkdir(parents=True)
+    kept = job_environment({"PYTHONPATH": "mine"}, Slot(), "0123abcd")
+    assert kept["PYTHONPATH"] == f"{tmp_path}/code/0123abcd/src:mine"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,207 @@
+"""What is asked of Slurm, without one: shapes, scripts and what a process makes of its place in a step."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from denoiselab.app.sweep_job import TASK, _join_step
+from denoiselab.runs import slurm
+from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.slurm import Shape, in_queue, script, shape_of, submit
+from denoiselab.runs.sweep_folder import Sweep
+
+SETTINGS = {
+    "nodes": None,
+    "gpus_per_node": None,
+    "cpus_per_task": 4,
+    "mem": None,
+    "time": "24:00:00",
+    "partition": None,
+    "account": None,
+    "qos": None,
+    "at_once": None,
+    "signal_seconds": 120,
+    "requeues": 100,
+    "python": "/env/bin/python",
+    "container": None,
+    "prologue": None,
+    "environment": None,
+    "options": None,
+}
+
+
+def config(accelerator="cpu", devices=1, nodes=1):
+    return {"trainer": {"accelerator": accelerator, "devices": devices, "num_nodes": nodes}}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings", "shape"),
+    [
+        (config(), {}, Shape(1, 1, False)),
+        (config(devices=2, nodes=2), {"nodes": 2}, Shape(2, 2, False)),
+        (config("gpu", 8, 2), {}, Shape(2, 8, True)),
+        (config("auto", "auto"), {"gpus_per_node": 4}, Shape(1, 4, True)),
+        (config("auto", 4), {"gpus_per_node": 4}, Shape(1, 4, True)),
+        (config("auto", 2), {"gpus_per_node": 0}, Shape(1, 2, False)),
+        (config("cpu", "auto"), {}, Shape(1, 1, False)),
+    ],
+)
+def test_what_a_job_occupies(trainer, settings, shape):
+    assert shape_of(trainer, SETTINGS | settings) == shape
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings", "words"),
+    [
+        (config(), {"nodes": 2}, "nodes=2: but trainer.num_nodes=1; say trainer.num_nodes=2"),
+        (config("gpu", 4), {"gpus_per_node": 8}, "gpus_per_node=8: but trainer.devices=4; say trainer.devices=8"),
+        (config("auto", "auto"), {}, "trainer.devices=auto: say how many GPUs"),
+        (config("cpu"), {"gpus_per_node": 1}, "trainer.accelerator=cpu"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_what_to_change(trainer, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        shape_of(trainer, SETTINGS | settings)
+
+
+def text_of(shape, **settings):
+    return script(Sweep(Path("/sweeps/a b's"), [], {}, "/work dir"), shape, [0, 1, 2], SETTINGS | settings)
+
+
+def test_a_script_says_what_is_asked_and_is_valid_bash():
+    text = text_of(
+        Shape(2, 8, True),
+        partition="gpu",
+        mem="64G",
+        at_once=2,
+        options={"constraint": "a100"},
+        prologue=["module load cuda"],
+        environment={"NCCL_DEBUG": "a b"},
+        container="apptainer exec --nv x.sif",
+    )
+    for line in (
+        '#SBATCH --array="0,1,2%2"',
+        '#SBATCH --nodes="2"',
+        '#SBATCH --ntasks-per-node="8"',
+        '#SBATCH --gpus-per-node="8"',
+        '#SBATCH --partition="gpu"',
+        '#SBATCH --mem="64G"',
+        '#SBATCH --constraint="a100"',
+        '#SBATCH --signal="USR1@120"',
+        "#SBATCH --requeue",
+        "module load cuda",
+        "export NCCL_DEBUG='a b'",
+        "cd '/work dir' || exit 1",
+    ):
+        assert f"\n{line}\n" in text, line
+    assert '  apptainer exec --nv x.sif /env/bin/python -m denoiselab.app.sweep_job --stay "$folder"\n' in text
+    assert "account" not in text
+    checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"), [(75, 0, True), (75, 99, True), (75, 100, False), (0, 0, False), (1, 0, False)]
+)
+def test_only_what_has_saved_and_may_go_on_is_queued_again(code, restarts, requeued, tmp_path):
+    """The script itself, with stand-ins for srun and scontrol."""
+    for name, body in {
+        "srun": f"exit {code}",
+        "scontrol": f'echo "$@" >> {tmp_path}/asked',
+        "python": "exit 0",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    text = script(Sweep(tmp_path, [], {}, str(tmp_path)), Shape(1, 1, False), [0], SETTINGS | {"python": "python"})
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "SLURM_JOB_ID": "9",
+        "SLURM_ARRAY_JOB_ID": "7",
+        "SLURM_ARRAY_TASK_ID": "0",
+        "SLURM_RESTART_COUNT": str(restarts),
+        "MASTER_ADDR": "x",
+    }
+    done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=environment, check=False)
+    assert done.returncode == code, done.stderr
+    asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+    assert asked == ("requeue 7_0\n" if requeued else "")
+
+
+def test_secrets_are_not_handed_to_slurm(tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text('#!/bin/bash\ncat > /dev/null\nenv > "$(dirname "$0")/seen"\necho "12;cluster"\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("WANDB_API_KEY", "very-secret")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert submit("#!/bin/bash\n") == "12"
+    seen = (tmp_path / "seen").read_text()
+    assert "very-secret" not in seen
+    assert "SLURM_CONF=/etc/slurm.conf" in seen
+    assert "SLURM_JOB_ID" not in seen
+
+
+def test_what_slurm_refuses_is_said_in_its_words(tmp_path, monkeypatch):
+    (tmp_path / "sbatch").write_text('#!/bin/bash\necho "sbatch: error: invalid partition specified: x" >&2\nexit 1\n')
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    with pytest.raises(ConfigError, match="sbatch refuses: invalid partition specified: x"):
+        submit("#!/bin/bash\n")
+
+
+def test_where_there_is_no_slurm(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no sbatch here"):
+        slurm.check_sbatch()
+    assert in_queue(["51_0"]) == {}
+
+
+def test_the_queue_is_asked_once_for_all_arrays(tmp_path, monkeypatch):
+    (tmp_path / "squeue").write_text(
+        f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\nprintf "51_0|RUNNING\\n51_9|PENDING\\n"\n'
+    )
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert in_queue(["51_0", "51_1", "52_0"]) == {"51_0": "RUNNING"}
+    assert (tmp_path / "asked").read_text() == "-h -r -t all -o %i|%T -j 51,52\n"
+
+
+def test_a_process_of_several_takes_its_place():
+    said = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": "60",
+        "SLURM_ARRAY_JOB_ID": "59",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "SLURM_STEP_NUM_TASKS": "4",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+        "SLURM_NODEID": "1",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+        "SLURM_CONF": "c",
+        "HOME": "h",
+    }
+    assert _join_step(said)
+    assert said == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "1",
+        "TORCHELASTIC_RUN_ID": "60",
+        TASK: "59_3",
+        "SLURM_CONF": "c",
+        "HOME": "h",
+    }
+
+
+def test_a_process_that_is_alone_or_outside_a_step_has_none():
+    alone = {"SLURM_STEP_ID": "0", "SLURM_JOB_ID": "60", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}
+    assert not _join_step(alone)
+    assert alone == {}
+    outside = {"SLURM_JOB_ID": "60", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}  # as batch scripts have it
+    before = dict(outside)
+    assert not _join_step(outside)
+    assert outside == before
