@@ -11,8 +11,9 @@ from calls import CONF, QUIET, call, files_below
 from optuna.trial import TrialState
 
 from denoiselab.app import search as search_module
+from denoiselab.app.local_sweep import LocalSweep
 from denoiselab.app.search import STUDY, Search, as_distribution, as_override, run_search
-from denoiselab.app.sweep import LocalSweep, resume_search
+from denoiselab.app.sweep import resume_search
 from denoiselab.reports.search_picture import importances
 from denoiselab.runs import local_jobs
 from denoiselab.runs.errors import ConfigError, RankError, Stopped

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from denoiselab.app.compose import Composition
-from denoiselab.app.sweep import begin_sweep, check_jobs
+from denoiselab.app.local_sweep import begin_sweep, check_jobs
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import cache_folder

@@ -20,17 +20,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from denoiselab.app.compose import Composition
-from denoiselab.app.sweep import (
-    STUDY,
-    LocalSweep,
-    check_job,
-    check_local,
-    make_slots,
-    print_sweep_of,
-    resumable,
-    say,
-    wait_for,
-)
+from denoiselab.app.local_sweep import LocalSweep, check_job, check_local, make_slots, print_sweep_of, resumable, say
+from denoiselab.app.sweep import STUDY, wait_for
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.local_jobs import run_jobs

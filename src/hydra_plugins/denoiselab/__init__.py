@@ -55,7 +55,7 @@ class LocalLauncher(_SweepLauncher):
 
     def local(self) -> Any:
         """A sweep on this machine."""
-        from denoiselab.app.sweep import LocalSweep
+        from denoiselab.app.local_sweep import LocalSweep
 
         typed: Any = OmegaConf.to_container(self.config.hydra.overrides.task)
         return LocalSweep(settings=self.settings, typed=typed, trusted=list(self.config.get("trust") or []))
