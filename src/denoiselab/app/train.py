@@ -300,6 +300,7 @@ def start_logging(run_dir: Path) -> None:
         "exists and is not empty",
         "isinstance.*LeafSpec",
         "litlogger",
+        "srun. command is available",
     ):
         warnings.filterwarnings("ignore", message=f".*{expected}.*")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
