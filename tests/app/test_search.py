@@ -283,3 +283,16 @@ def test_a_foreign_search_cannot_ask_for_more_than_a_search(word, tmp_path):
     with pytest.raises(ConfigError, match="which is no override of a search"):
         resume_search(read_sweep(sweep.folder), {"jobs": None, "trust": []})
     assert (sweep.folder / STUDY).exists()
+
+
+def test_what_a_foreign_search_names_is_checked_before_it_is_built(tmp_path):
+    _, sweep = run(trials=1)
+
+    def hostile(overrides):
+        config, choices, some = compose(overrides)
+        return config | {"optimizer": {"_target_": "os.system", "command": "touch evil"}}, choices, some
+
+    local = LocalSweep(settings=LAUNCHER | {"folder": str(sweep.folder), "resume": True}, typed=[], trusted=[])
+    with pytest.raises(ConfigError, match="os.system: is not trusted"):
+        run_search(Search(SETTINGS | {"trials": 3}, SPACE), local, [], None, hostile)
+    assert len(read_sweep(sweep.folder).jobs) == 1

@@ -22,10 +22,12 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from denoiselab.app.compose import Composition
 from denoiselab.app.local_sweep import LocalSweep, check_job, check_local, make_slots, print_sweep_of, resumable, say
 from denoiselab.app.sweep import STUDY, wait_for
+from denoiselab.app.trained import without_consent
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.local_jobs import run_jobs
 from denoiselab.runs.sweep_folder import Job, Status, Sweep, add_jobs, read_job, sweep_name, write_status
+from denoiselab.runs.trust import check_targets
 from denoiselab.training.history import METRICS, read_rows, series
 
 PICTURE = "search.png"
@@ -179,7 +181,7 @@ def run_search(
     """
     check_local(launcher.settings)
     probes = [compose([*fixed, *parameters]) for parameters in search.probes()]
-    _check_some([config for config, _, _ in probes])
+    _check_some([config for config, _, _ in probes], launcher.trust)
     if launcher.settings["dry_run"]:
         print("\n".join(f"{key}  {distribution}" for key, distribution in search.space.items()))
         return
@@ -205,7 +207,7 @@ def run_search(
             trial.set_user_attr(FOLDER, job.folder.name)
             trials[job.number] = trial
             try:
-                check_job(job.config)
+                _check(job.config, launcher.trust)
             except ConfigError as error:
                 write_status(job.folder, Status(state="failed", exit_code=2, error=str(error)))
                 say(f"[{job.number + 1}/{search.settings['trials']}] {job.name}: refused: {error}")
@@ -227,7 +229,19 @@ def run_search(
     _conclude(search, launcher.sweep)
 
 
-def _check_some(configs: Sequence[dict[str, Any]]) -> None:
+def _check(config: dict[str, Any], trust: Sequence[str] | None) -> None:
+    """See to it that a trial can begin; of a search that is gone on with, part of its config comes from a file.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    if trust is not None:
+        check_targets(config, trust)
+        config = without_consent(config)
+    check_job(config)
+
+
+def _check_some(configs: Sequence[dict[str, Any]], trust: Sequence[str] | None) -> None:
     """See to it that at least one of some trials could begin.
 
     Raises:
@@ -236,7 +250,7 @@ def _check_some(configs: Sequence[dict[str, Any]]) -> None:
     first: ConfigError | None = None
     for config in configs:
         try:
-            check_job(config)
+            _check(config, trust)
             return
         except ConfigError as error:
             first = first or error

@@ -86,9 +86,8 @@ def _resume(sweep: Sweep, options: dict[str, Any]) -> None:
     if (sweep.folder / STUDY).exists():
         resume_search(sweep, options)
         return
-    if options["jobs"] is not None:
-        check_at_once(options["jobs"], "jobs")
-    at_once = options["jobs"] or sweep.launcher.get("jobs", 1)
+    at_once = sweep.launcher.get("jobs", 1) if options["jobs"] is None else options["jobs"]
+    check_at_once(at_once, "jobs")
     todo = [job for job in read_jobs(sweep) if job.status.state in UNFINISHED]
     if not options["failed"]:
         todo = [job for job in todo if job.status.state != "failed"]
