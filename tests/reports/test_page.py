@@ -248,12 +248,12 @@ def test_packed_curves_are_what_they_were_and_share_their_steps(tmp_path):
     np.testing.assert_allclose(back[1], [1.234567891, -1e-12, np.nan, np.inf, 7], rtol=1e-7)
 
 
-def test_seconds_add_up_from_the_throughput():
-    speed = Curve(np.array([10.0, 20.0, 40.0]), np.array([64.0, 32.0, 128.0]))
-    found = clock({"train/images_per_second": speed}, 64)
-    assert found.values.tolist() == [10.0, 30.0, 40.0]
-    assert clock({}, 64) is None
-    assert clock({"train/images_per_second": speed}, "64") is None
+def test_seconds_are_those_that_were_logged():
+    seconds = Curve(np.array([10.0, 20.0, 40.0]), np.array([1.5, np.nan, 7.0]))
+    found = clock({"train/seconds": seconds})
+    assert (found.steps.tolist(), found.values.tolist()) == ([10.0, 40.0], [1.5, 7.0])
+    assert clock({}) is None
+    assert clock({"train/seconds": Curve(np.array([1.0]), np.array([np.nan]))}) is None
 
 
 def test_intervals_of_numbers_are_no_curves(tmp_path):

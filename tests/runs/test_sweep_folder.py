@@ -130,7 +130,7 @@ def test_a_sweep_cannot_name_jobs_outside_it(sweep, name):
 
 
 @pytest.mark.parametrize(
-    "change", [{"jobs": "x"}, {"launcher": 3}, {"directory": None}, {"command": {}}, {"metric": 3}]
+    "change", [{"jobs": "x"}, {"launcher": 3}, {"directory": None}, {"command": {}}, {"metric": 3}, {"metric": "fid"}]
 )
 def test_a_sweep_that_is_none_of_ours(sweep, change):
     plain = json.loads((sweep.folder / SWEEP).read_text())

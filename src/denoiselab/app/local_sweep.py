@@ -130,7 +130,7 @@ class LocalSweep:
         """As in `job_command`: of a sweep that is gone on with, the configs come from a file."""
         return self.trusted if self.settings["resume"] else None
 
-    def begin(self, name: str, metric: str | None = None) -> Sweep:
+    def begin(self, name: str, metric: dict[str, str] | None = None) -> Sweep:
         """Make the folder of the sweep, or take the one there is if it is to be gone on with."""
         if self.settings["resume"] and self.settings["folder"] is not None:
             self.sweep = read_sweep(Path(self.settings["folder"]))
@@ -152,7 +152,12 @@ class LocalSweep:
 
 
 def begin_sweep(
-    settings: dict[str, Any], launcher: dict[str, Any], name: str, *, metric: str | None = None, code: str | None
+    settings: dict[str, Any],
+    launcher: dict[str, Any],
+    name: str,
+    *,
+    metric: dict[str, str] | None = None,
+    code: str | None,
 ) -> Sweep:
     """Make the folder of a sweep, and say where it is.
 
@@ -160,7 +165,7 @@ def begin_sweep(
         settings: of the launcher.
         launcher: what of them is needed to go on with it.
         name: for a folder of its own.
-        metric: that stands for a job, if the settings do not say.
+        metric: that stands for a job, with the end that is the better one; None: as the settings say.
         code: the name of the copy of the code.
 
     Raises:
@@ -170,7 +175,7 @@ def begin_sweep(
         "command": command_line(),
         "launcher": launcher,
         "directory": os.getcwd(),
-        "metric": settings["metric"] or metric,
+        "metric": metric or (settings["metric"] and {"name": settings["metric"], "mode": "min"}),
         "code": code,
     }
     folder = None if settings["folder"] is None else Path(settings["folder"])

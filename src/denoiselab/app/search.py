@@ -186,7 +186,8 @@ def run_search(
         print("\n".join(f"{key}  {distribution}" for key, distribution in search.space.items()))
         return
     slots = make_slots(launcher.settings["jobs"], [config for config, _, _ in probes])
-    launcher.sweep = launcher.begin(name or sweep_name([list(search.space)]), search.settings["metric"])
+    metric = {"name": search.settings["metric"], "mode": search.settings["mode"]}
+    launcher.sweep = launcher.begin(name or sweep_name([list(search.space)]), metric)
     search.open(launcher.sweep.folder)
     trials: dict[int, Trial] = {}
 

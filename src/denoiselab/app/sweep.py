@@ -195,7 +195,7 @@ def look_at_all(sweep: Sweep) -> list[tuple[Job, Status]]:
 
     jobs = read_jobs(sweep)
     queue = in_queue([task for job in jobs if (task := job.status.cluster_job)])
-    return [(job, look(job, sweep.metric, queue)) for job in jobs]
+    return [(job, look(job, sweep.metric_name, queue)) for job in jobs]
 
 
 def _status(sweep: Sweep, options: dict[str, Any]) -> None:

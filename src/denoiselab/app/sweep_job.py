@@ -48,7 +48,7 @@ def main() -> None:
         if options.conclude is not None:
             _conclude(job.folder, read_status(job.folder), options.conclude)
             return
-        metric = read_sweep(job.folder.parent).metric if membership(job.folder) else None
+        metric = read_sweep(job.folder.parent).metric_name if membership(job.folder) else None
         status = replace(read_status(job.folder), state="running", exit_code=None, error=None)
         status = replace(status, attempts=status.attempts + 1, cluster_job=os.environ.get(TASK) or status.cluster_job)
         first = os.environ.get("RANK", "0") == "0"

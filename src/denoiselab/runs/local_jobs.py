@@ -202,7 +202,7 @@ def _conclude(sweep: Sweep, one: _Running, say: Callable[[str], None]) -> None:
     if status.state == "running":  # it could not say so itself
         killed = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         memory = " (out of memory?)" if code == -signal.SIGKILL else ""
-        status = ended(one.job.folder, status, code, killed + memory, sweep.metric)
+        status = ended(one.job.folder, status, code, killed + memory, sweep.metric_name)
     if one.pruned and status.state == "preempted":
         status = replace(status, state="pruned")
     status = replace(status, seconds=round(seconds, 1))

@@ -108,7 +108,7 @@ class Sweep:
         command: as it was typed.
         launcher: how its jobs are started: plain settings.
         directory: that it was started from, which relative paths in configs begin at.
-        metric: that stands for a job in tables; None: the first that it measures.
+        metric: that stands for a job in tables, {"name": …, "mode": "min" or "max"}; None: the first that it measures.
         jobs: the names of their folders.
         code: the name of the copy of the code that they run; None: the code as it is when each begins.
     """
@@ -117,9 +117,15 @@ class Sweep:
     command: list[str]
     launcher: dict[str, Any]
     directory: str
-    metric: str | None = None
+    metric: dict[str, Any] | None = None
     jobs: list[str] = field(default_factory=list)
     code: str | None = None
+
+    @property
+    def metric_name(self) -> str | None:
+        """Of the number that stands for a job."""
+        name = (self.metric or {}).get("name")
+        return name if isinstance(name, str) else None
 
 
 def varying(overrides: Sequence[str], typed: Sequence[str]) -> list[str]:
@@ -195,7 +201,7 @@ def read_sweep(folder: Path) -> Sweep:
         "command": list,
         "launcher": dict,
         "directory": str,
-        "metric": str | None,
+        "metric": dict | None,
         "jobs": list,
         "code": str | None,
     }

@@ -63,8 +63,8 @@ def gather(folders: Sequence[Path], limits: Limits) -> dict[str, Any]:
     chosen, left_out = within_budget([find_pictures(run.path) for run in runs], limits.picture_bytes)
     page = redact(_described(runs, curves, told[0] if len(told) == 1 == len(sweeps) else None))
     packer = Packer()
-    for entry, run, some, pictures in zip(page["runs"], runs, curves, chosen, strict=True):
-        timed = clock(some, _batch_size(run.config))
+    for entry, some, pictures in zip(page["runs"], curves, chosen, strict=True):
+        timed = clock(some)
         entry["curves"] = {name: packer.pack(thinned(curve, limits.points)) for name, curve in some.items()}
         entry["clock"] = packer.pack(thinned(timed, limits.points)) if timed else None
         entry["pictures"] = {kind: kept for kind, series in pictures.items() if (kept := embedded(series))}
@@ -125,11 +125,6 @@ def _leaves(run: FolderRun) -> dict[str, Any]:
     """The config as it was resolved, and the packages that it ran with."""
     leaves = {key: plain(value) for key, value in flatten(run.config).items()}
     return leaves | {f"versions.{key}": plain(value) for key, value in run.versions.items()}
-
-
-def _batch_size(config: Mapping[str, Any]) -> Any:
-    data = config.get("datamodule")
-    return data.get("batch_size") if isinstance(data, dict) else None
 
 
 def _beside(name: str, names: Mapping[str, Any]) -> bool:

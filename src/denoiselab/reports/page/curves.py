@@ -13,8 +13,8 @@ import numpy as np
 
 from denoiselab.evaluation.records import LONGEST_NAME
 from denoiselab.training.history import METRICS, read_rows
+from denoiselab.training.monitor import SECONDS
 
-SPEED = "train/images_per_second"
 Values = np.ndarray[Any, Any]
 
 
@@ -81,23 +81,13 @@ def thinned(curve: Curve, limit: int) -> Curve:
     return Curve(curve.steps[chosen], curve.values[chosen])
 
 
-def clock(curves: Mapping[str, Curve], batch_size: Any) -> Curve | None:
-    """Seconds of training by step, from the logged throughput; None where that is not known.
-
-    Validation, sampling and saving do not count, nor does time between two starts of a run.
-
-    Args:
-        curves: of a run.
-        batch_size: images a step.
-    """
-    speed = curves.get(SPEED)
-    if speed is None or type(batch_size) is not int or batch_size < 1:
+def clock(curves: Mapping[str, Curve]) -> Curve | None:
+    """Seconds of training by step, over all starts of a run; None where that is not known."""
+    seconds = curves.get(SECONDS)
+    if seconds is None:
         return None
-    good = np.isfinite(speed.values) & (speed.values > 0)
-    steps, rate = speed.steps[good], speed.values[good]
-    if len(steps) == 0:
-        return None
-    return Curve(steps, np.cumsum(np.diff(steps, prepend=0.0) * batch_size / rate))
+    good = np.isfinite(seconds.values)
+    return Curve(seconds.steps[good], seconds.values[good]) if good.any() else None
 
 
 class Packer:

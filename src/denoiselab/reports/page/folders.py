@@ -14,8 +14,10 @@ from typing import Any
 
 from denoiselab.reports.measured_runs import METRICS, MeasuredRun, commanded, flatten, read_all, read_mapping
 from denoiselab.runs.folder import COMMAND, CONFIG, ID, SUMMARY, VERSIONS, read_small
+from denoiselab.runs.sweep_folder import JOB, STATUS, SWEEP
+from denoiselab.runs.sweep_folder import LOG as JOB_LOG
 
-SWEEP, JOB, STATUS, JOB_LOG, LOG = "sweep.json", "job.json", "status.json", "job.log", "train.log"
+LOG = "train.log"
 STATES = ("running", "finished", "failed", "preempted", "interrupted", "stopped", "pruned", "queued", "unknown")
 INCIDENTS = "incidents"  # a file for each step that was not finite
 LONGEST = 2000  # characters of a value of a config, or of a cause
@@ -100,7 +102,6 @@ def read_run(folder: Path) -> FolderRun:
         "attempts": _number(status.get("attempts")),
         "wandb": _text(status.get("wandb_id")) or _id(folder),
         "incidents": sum(1 for _ in (folder / INCIDENTS).glob("*")) if (folder / INCIDENTS).is_dir() else 0,
-        "objective": _number(status.get("metric")),
         "exit_code": _number(status.get("exit_code")),
         "written": _last_written(folder),
     }

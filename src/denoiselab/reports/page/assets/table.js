@@ -37,7 +37,6 @@ function tableColumns() {
       cell: (i) => make("span", { class: "cut" }, show(column.values[i])),
     })),
     ...DATA.columns.filter((column) => wanted.has(column.name)).map(numberColumn),
-    ...(seen("objective") && !DATA.sweep?.metric ? [fact("objective", "objective of the sweep")] : []),
     { id: "steps", text: "steps", numeric: true, value: lastStep, cell: (i) => show(lastStep(i)) },
     fact("seconds", "time", duration),
     ...(RUNS.some((run) => run.facts.attempts > 1) ? [fact("attempts", "attempts")] : []),
