@@ -259,6 +259,26 @@ def test_a_folder_that_is_no_run(tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("command", "typed"),
+    [
+        ("train", "run"),
+        ("train", "resume=auto run"),
+        ("train", "resume"),
+        ("train", "init_from"),
+        ("train", "datamodule=image_folder datamodule.resolution=8 datamodule.root"),
+        ("sample", "run"),
+        ("evaluate", "checkpoint"),
+        ("replay", "run"),
+        ("sweep", "action=status folder"),
+    ],
+)
+def test_a_name_that_is_too_long_for_a_file(command, typed, tmp_path):
+    words = f"{typed}={'x' * 300}".split()
+    done = call(command, *words, *(QUIET if command == "train" else []), cwd=tmp_path)
+    check_refused(done, [words[-1]], tmp_path)
+
+
 def test_runs_that_is_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     done = call("train", "runs=file", cwd=tmp_path)

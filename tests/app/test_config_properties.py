@@ -20,7 +20,7 @@ from denoiselab.app.resume import find_start
 
 QUIET = ["metrics=none", "logger=none"]
 MEASURED = ["metrics=digits", "metrics.counts=[20]"]
-FEW, MANY = 50, 250
+FEW, MANY = 20, 100
 # --- what may be typed ---
 
 # Words that are wrong nearly everywhere, right somewhere, or special to Hydra, OmegaConf, YAML, a shell or a terminal.
@@ -183,7 +183,9 @@ WORDS = [
     "[1,2],[3]",
 ]
 LONG = [
+    "x" * 300,
     "x" * 1000,
+    "/tmp/" + "x/" * 2500,
     "1" * 5000,
     "[" * 300 + "]" * 300,
     "[" + "1," * 500 + "1]",
@@ -355,11 +357,18 @@ def odd_numbers(draw):
 
 TRAIN_KEYS = keys_of(composed("guidance=cfg_rescale", "objective/weighting=min_snr"))
 SAMPLE_KEYS, EVALUATE_KEYS = keys_of(options("sample")), keys_of(options("evaluate"))
-PARTS = [key for key in TRAIN_KEYS if key.partition(".")[0] in ("sampler", "guidance", "metrics", "datamodule")]
+OTHERS = ("replay", "compare", "convert", "frontier", "report", "sweep", "sync", "dashboard")
 
 
 def lists_of(keys):
     return st.lists(overrides(keys), min_size=1, max_size=2)
+
+
+@st.composite
+def other_commands(draw):
+    """A command that looks at runs, where there are none, and what is typed after it."""
+    command = draw(st.sampled_from(OTHERS))
+    return command, draw(lists_of(keys_of(options(command))))
 
 
 # --- what must come of it ---
@@ -441,6 +450,19 @@ def test_sample(folder, typed):
 @given(lists_of(EVALUATE_KEYS))
 def test_evaluate(folder, typed):
     check_one_line("evaluate", [f"checkpoint={FILE}", *MEASURED, *typed], folder)
+
+
+@quick
+@given(other_commands())
+def test_commands_that_look_at_runs(folder, typed):
+    check_one_line(typed[0], typed[1], folder)
+
+
+@pytest.mark.slow
+@long
+@given(other_commands())
+def test_commands_that_look_at_runs_at_length(folder, typed):
+    check_one_line(typed[0], typed[1], folder)
 
 
 @pytest.mark.slow

@@ -146,7 +146,8 @@ def test_frechet_distance_equals_torch_fidelity_and_the_matrix_root(n):
     root = scipy.linalg.sqrtm(s @ r).real
     expected = (m - mr) @ (m - mr) + np.trace(s) + np.trace(r) - 2 * np.trace(root)
     assert ours == pytest.approx(expected, rel=1e-5)
-    assert ours == pytest.approx(distance(b, a), rel=1e-9)
+    # Where the moments are singular, zeros among the eigenvalues are rounded to 1e-16 of the largest, and their roots to 1e-8.
+    assert ours == pytest.approx(distance(b, a), rel=1e-9 if n == 500 else 1e-8)
 
 
 def test_one_root_serves_many_distances():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 
 from denoiselab.app.compose import command, gather
 from denoiselab.app.resume import restore_overrides
@@ -25,7 +25,7 @@ def _for_launcher(argument: str) -> str:
 
 def sweep_command() -> None:
     """`denoiselab-sweep`; what to do and the folder may stand alone."""
-    alone = [a for a in sys.argv[1:] if not a.startswith("-") and ("=" not in a or Path(a).exists())]
+    alone = [a for a in sys.argv[1:] if not a.startswith("-") and ("=" not in a or os.path.exists(a))]
     quoted = [argument.replace("'", r"\'") for argument in alone]
     named = [f"{key}='{word}'" for key, word in zip(("action", "folder"), quoted, strict=False)]
     sys.argv[1:] = [*named, *alone[2:], *(argument for argument in sys.argv[1:] if argument not in alone)]

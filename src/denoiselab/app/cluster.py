@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from denoiselab.app.compose import Composition
-from denoiselab.app.local_sweep import begin_sweep, check_jobs
+from denoiselab.app.local_sweep import as_if_here, begin_sweep, check_jobs
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import cache_folder
@@ -82,7 +81,7 @@ class SlurmSweep:
         varies = [varying(some, self.typed) for some in overrides]
         shapes = [shape_of(config, self.settings) for config, _, _ in composed]
         placed = [(_with_devices(a, shape), b, c) for (a, b, c), shape in zip(composed, shapes, strict=True)]
-        check_jobs(varies, [(_as_if_here(config), choices, some) for config, choices, some in placed])
+        check_jobs(varies, [(as_if_here(config), choices, some) for config, choices, some in placed])
         code = freeze() if self.settings["freeze"] else None
         dry = self.settings["dry_run"]
         if not dry:
@@ -119,13 +118,6 @@ def check_settings(settings: dict[str, Any]) -> None:
 def _with_devices(config: dict[str, Any], shape: Shape) -> dict[str, Any]:
     """The config with the number of devices that Slurm was asked for."""
     return config | {"trainer": config["trainer"] | {"devices": shape.tasks}}
-
-
-def _as_if_here(config: dict[str, Any]) -> dict[str, Any]:
-    """A config that can be checked on a machine without GPUs, such as a login node."""
-    here = copy.deepcopy(config)
-    here["trainer"]["accelerator"] = "cpu"
-    return here
 
 
 def submit_jobs(sweep: Sweep, jobs: Sequence[Job], settings: dict[str, Any], dry: bool = False) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import io
 import os
 import re
@@ -85,6 +86,13 @@ def answering() -> Iterator[None]:
         mistake = isinstance(error, ConfigError)
         print(f"config error: {one_line(str(error))}" if mistake else f"error: {error}", file=sys.stderr)
         sys.exit(2 if mistake else 1)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        path = str(error.filename)  # which nobody but the user can have thought of
+        typed = next((a for a in sys.argv[1:] if (value := a.partition("=")[2].strip("'\"")) and value in path), path)
+        print(f"config error: {one_line(f'{typed}: {error.strerror}')}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Composed:
@@ -209,7 +217,7 @@ def gather(arguments: list[str], key: str) -> list[str]:
         for before, argument in zip(["", *arguments], arguments, strict=False)
         if not before.startswith("-")
         and not argument.startswith("-")
-        and ("=" not in argument or Path(argument).exists())
+        and ("=" not in argument or os.path.exists(argument))
     ]
     quoted = ",".join("'" + argument.replace("'", r"\'") + "'" for argument in alone)
     return [argument for argument in arguments if argument not in alone] + ([f"{key}=[{quoted}]"] if alone else [])

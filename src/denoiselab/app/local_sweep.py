@@ -15,7 +15,7 @@ from denoiselab.runs.errors import ConfigError, RankError, Stopped
 from denoiselab.runs.folder import command_line
 from denoiselab.runs.frozen_code import freeze
 from denoiselab.runs.launch import launched_from_outside
-from denoiselab.runs.local_jobs import Slot, run_jobs, share_out
+from denoiselab.runs.local_jobs import Slot, Start, run_jobs, share_out, start_here
 from denoiselab.runs.sweep_folder import Job, Sweep, add_jobs, make_sweep, read_jobs, read_sweep, sweep_name, varying
 
 LOCAL_KEYS: dict[str, Any] = {
@@ -81,6 +81,11 @@ def check_job(config: dict[str, Any]) -> None:
     check_run(config)
 
 
+def as_if_here(config: dict[str, Any]) -> dict[str, Any]:
+    """A config that can be checked on a machine without GPUs, such as a login node."""
+    return config | {"trainer": config["trainer"] | {"accelerator": "cpu"}}
+
+
 @dataclass
 class LocalSweep:
     """A sweep on this machine, as its launcher is called once or several times.
@@ -108,22 +113,52 @@ class LocalSweep:
             ConfigError: if one is refused; then none has begun.
             Stopped: after a signal.
         """
-        check_local(self.settings)
+        self.check()
         varies = [varying(some, self.typed) for some in overrides]
-        check_jobs(varies, composed)
+        check_jobs(varies, [(self.as_checked(config), choices, some) for config, choices, some in composed])
         if self.settings["dry_run"]:
             first = 0 if self.sweep is None else len(self.sweep.jobs)
             for number, some in enumerate(varies, first):
                 print(f"{number}  {','.join(some) or 'defaults'}")
             return []
-        slots = make_slots(self.settings["jobs"], [config for config, _, _ in composed])
+        slots = self.slots([config for config, _, _ in composed])
         if self.sweep is None:
             self.begin(composed[0][0]["name"] or sweep_name(varies))
         assert self.sweep is not None
         self.sweep, jobs = add_jobs(self.sweep, varies, composed)
         with resumable(self.sweep):
-            run_jobs(self.sweep, jobs, slots, total=len(self.sweep.jobs), say=say)
+            run_jobs(self.sweep, jobs, slots, total=len(self.sweep.jobs), say=say, start=self.start)
         return jobs
+
+    def check(self) -> None:
+        """See to it that the settings are what they can be.
+
+        Raises:
+            ConfigError: otherwise.
+        """
+        check_local(self.settings)
+
+    def as_checked(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A job's config as this machine can check it."""
+        return config
+
+    def slots(self, configs: Sequence[dict[str, Any]]) -> list[Slot]:
+        """The parts of the machine that jobs work in.
+
+        Raises:
+            ConfigError: if there is not enough of it.
+        """
+        return make_slots(self.settings["jobs"], configs)
+
+    @property
+    def start(self) -> Start:
+        """Begins a job."""
+        return start_here
+
+    @property
+    def launcher(self) -> dict[str, Any]:
+        """What of the settings is needed to go on with the sweep."""
+        return {"kind": "local", "jobs": self.settings["jobs"]}
 
     @property
     def trust(self) -> list[str] | None:
@@ -136,9 +171,8 @@ class LocalSweep:
             self.sweep = read_sweep(Path(self.settings["folder"]))
             print(f"sweep  {self.sweep.folder}")
             return self.sweep
-        launcher = {"kind": "local", "jobs": self.settings["jobs"]}
         code = freeze() if self.settings["freeze"] else None
-        self.sweep = begin_sweep(self.settings, launcher, name, metric=metric, code=code)
+        self.sweep = begin_sweep(self.settings, self.launcher, name, metric=metric, code=code)
         return self.sweep
 
     def conclude(self) -> None:

@@ -43,12 +43,13 @@ def restore_overrides(arguments: list[str]) -> list[str]:
     if resume in ("none", "null") or {"-m", "--multirun"} & set(arguments):
         return arguments
     source = Path(typed["run"]) if resume == "auto" and typed.get("run") else Path(resume)
-    folder = source.resolve().parents[1] if source.is_file() else source
+    folder = source
     try:
+        folder = source.resolve().parents[1] if source.is_file() else source
         stored = read_json(folder / COMMAND)["overrides"]
     except (FileNotFoundError, NotADirectoryError):
         return arguments
-    except (ConfigError, TypeError, KeyError) as error:
+    except (ConfigError, TypeError, KeyError, PermissionError) as error:
         raise ConfigError(f"run={folder}: its {COMMAND} cannot be read") from error
     odd = [o for o in stored if not is_plain(o)] if isinstance(stored, list) else [stored]
     if odd:
@@ -98,7 +99,10 @@ def find_start(config: dict[str, Any]) -> Start:
     from denoiselab.training.checkpoint import FOLDER, newest_valid, verify
 
     resume, folder = config["resume"], None if config["run"] is None else Path(config["run"])
-    begun = folder is not None and (folder / CONFIG).is_file()
+    try:
+        begun = folder is not None and (folder / CONFIG).is_file()
+    except PermissionError as error:
+        raise ConfigError(f"run={folder}: cannot be read ({error.strerror})") from error
     if folder is not None and not begun and folder.exists() and not _is_free(folder):
         raise ConfigError(f"run={folder}: exists and is no run folder")
     if resume == "none":

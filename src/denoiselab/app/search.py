@@ -20,7 +20,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from denoiselab.app.compose import Composition
-from denoiselab.app.local_sweep import LocalSweep, check_job, check_local, make_slots, print_sweep_of, resumable, say
+from denoiselab.app.local_sweep import LocalSweep, check_job, print_sweep_of, resumable, say
 from denoiselab.app.sweep import STUDY, wait_for
 from denoiselab.app.trained import without_consent
 from denoiselab.runs.checks import check_value
@@ -179,13 +179,13 @@ def run_search(
         RankError: if no trial has finished.
         Stopped: after a signal.
     """
-    check_local(launcher.settings)
+    launcher.check()
     probes = [compose([*fixed, *parameters]) for parameters in search.probes()]
-    _check_some([config for config, _, _ in probes], launcher.trust)
+    _check_some([launcher.as_checked(config) for config, _, _ in probes], launcher.trust)
     if launcher.settings["dry_run"]:
         print("\n".join(f"{key}  {distribution}" for key, distribution in search.space.items()))
         return
-    slots = make_slots(launcher.settings["jobs"], [config for config, _, _ in probes])
+    slots = launcher.slots([config for config, _, _ in probes])
     metric = {"name": search.settings["metric"], "mode": search.settings["mode"]}
     launcher.sweep = launcher.begin(name or sweep_name([list(search.space)]), metric)
     search.open(launcher.sweep.folder)
@@ -208,7 +208,7 @@ def run_search(
             trial.set_user_attr(FOLDER, job.folder.name)
             trials[job.number] = trial
             try:
-                _check(job.config, launcher.trust)
+                _check(launcher.as_checked(job.config), launcher.trust)
             except ConfigError as error:
                 write_status(job.folder, Status(state="failed", exit_code=2, error=str(error)))
                 say(f"[{job.number + 1}/{search.settings['trials']}] {job.name}: refused: {error}")
@@ -224,6 +224,7 @@ def run_search(
             total=search.settings["trials"],
             say=say,
             trust=launcher.trust,
+            start=launcher.start,
             prune=lambda job: search.prune(trials[job.number], job),
             done=lambda job: search.tell(trials[job.number], job),
         )

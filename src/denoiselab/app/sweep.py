@@ -13,7 +13,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from denoiselab.app.local_sweep import check_at_once, conclude, make_slots, print_sweep_of, resumable, say
+from denoiselab.app.local_sweep import LocalSweep, check_at_once, conclude, print_sweep_of, resumable, say
 from denoiselab.app.resume import is_plain
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError
@@ -34,8 +34,10 @@ from denoiselab.runs.sweep_folder import (
 
 PATIENCE = 60.0  # seconds for the jobs of a sweep that was killed to save and end
 RESULTS, STUDY = "results.csv", "study.db"
+PLACE = {"folder": None, "root": "", "metric": None, "resume": True, "freeze": False, "dry_run": False}  # is known
 OF_A_SEARCH = re.compile(
-    r"hydra/sweeper=optuna|hydra\.launcher\.(jobs|metric|root|folder|freeze)=[^$]*"
+    r"hydra/sweeper=optuna|hydra/launcher=(local|ray)|hydra\.launcher\.(jobs|metric|root|folder|freeze)=[^$]*"
+    r"|hydra\.launcher\.(cpus_per_process=\d+|address=(auto|null))"
     r"|hydra\.sweeper\.(metric|mode|trials|seed|sampler|startup|pruner|warmup)=[\w./-]*"
 )
 SWEEP_KEYS: dict[str, Any] = {
@@ -99,12 +101,23 @@ def _resume(sweep: Sweep, options: dict[str, Any]) -> None:
         return
     if not os.path.isdir(sweep.directory):
         raise ConfigError(f"sweep={sweep.folder}: was started from {sweep.directory}, which is not there")
+    here = _again(sweep, at_once)
     with resumable(sweep):
         for job in todo:
             wait_for(job)
-        slots = make_slots(at_once, [job.config for job in todo])
-        run_jobs(sweep, todo, slots, total=len(sweep.jobs), say=say, trust=options["trust"])
+        slots = here.slots([job.config for job in todo])
+        run_jobs(sweep, todo, slots, total=len(sweep.jobs), say=say, trust=options["trust"], start=here.start)
     conclude(sweep)
+
+
+def _again(sweep: Sweep, at_once: int | str) -> LocalSweep:
+    """A sweep on this machine or on a Ray cluster, with the settings that it was begun with."""
+    from denoiselab.app.ray_sweep import RaySweep
+
+    kind = RaySweep if sweep.launcher.get("kind") == "ray" else LocalSweep
+    here = kind(settings=PLACE | sweep.launcher | {"jobs": at_once}, typed=[], trusted=[])
+    here.check()
+    return here
 
 
 def resume_search(sweep: Sweep, options: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Jobs of a sweep on this machine: some at a time, each a process group of its own.
+"""Jobs of a sweep: some at a time, each a process group of its own, on this machine unless somebody else starts them.
 
 A job is a fresh process that reads its composed config from a file. It shares nothing with the others but the machine: no
 variables of a distributed job or of a W&B run that the sweep may have been started within, no port (each finds a free one),
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from denoiselab.runs.errors import Stopped
 from denoiselab.runs.folder import open_own
@@ -47,15 +48,102 @@ class Slot:
     gpus: tuple[str, ...] | None = None
 
 
+class Process(Protocol):
+    """What does a job: a process group on this machine, or one elsewhere."""
+
+    @property
+    def returncode(self) -> int | None:
+        """Once it is over, as of `subprocess.Popen`; None if it has not begun."""
+
+    @property
+    def why(self) -> str | None:
+        """Why it is over, where its exit code does not say it."""
+
+    def is_over(self) -> bool:
+        """Whether it has ended with all its processes."""
+
+    def tell(self, number: int) -> None:
+        """Send it a signal, which makes it save."""
+
+    def kill(self) -> None:
+        """End it at once."""
+
+
+class LocalProcess:
+    """A job's process group on this machine.
+
+    Args:
+        command: of its first process.
+        directory: to start in.
+        log: that what it prints is added to.
+        environment: of it.
+    """
+
+    why: str | None = None
+
+    def __init__(self, *, command: Sequence[str], directory: str, log: Path, environment: Mapping[str, str]) -> None:
+        self._over: float | None = None  # when its first process had gone
+        with open_own(log, "ab", buffering=0) as file:
+            self._popen = subprocess.Popen(
+                command,
+                cwd=directory,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def returncode(self) -> int | None:
+        """As of `subprocess.Popen`."""
+        return self._popen.returncode
+
+    @property
+    def pid(self) -> int:
+        """Of its first process."""
+        return self._popen.pid
+
+    def is_over(self) -> bool:
+        """Whether it has ended with all its processes; what a first process leaves behind is ended."""
+        code = self._popen.poll()
+        if code is None:
+            return False
+        self._over = self._over or time.monotonic()
+        patience = GRACE_SECONDS if code < 0 else 0.0
+        group = -self._popen.pid
+        try:
+            if time.monotonic() - self._over < patience:
+                os.kill(group, 0)
+                return False
+            os.kill(group, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        return True
+
+    def tell(self, number: int) -> None:
+        """Send its first process a signal, which that hands on."""
+        with suppress(ProcessLookupError):
+            os.kill(self._popen.pid, number)
+
+    def kill(self) -> None:
+        """End all of it."""
+        with suppress(ProcessLookupError):
+            os.kill(-self._popen.pid, signal.SIGKILL)
+        self._popen.wait()
+
+
+Start = Callable[[Sweep, Job, Slot, Sequence[str] | None], Process]  # with what `job_command` takes as trust
+
+
 @dataclass
 class _Running:
     job: Job
     slot: Slot
     place: str
-    process: subprocess.Popen[bytes]
+    process: Process
     began: float
     looked: float
-    over: float | None = None  # when its first process had gone
     pruned: bool = False
 
 
@@ -106,6 +194,17 @@ def job_command(folder: Path, slot: Slot | None = None, trust: Sequence[str] | N
     return line + ([] if trust is None else ["--trust", ",".join(trust)])
 
 
+def start_here(sweep: Sweep, job: Job, slot: Slot, trust: Sequence[str] | None) -> Process:
+    """Begin a job on this machine."""
+    write_status(job.folder, replace(job.status, state="running", exit_code=None, error=None))
+    return LocalProcess(
+        command=job_command(job.folder, slot, trust),
+        directory=sweep.directory,
+        log=job.folder / LOG,
+        environment=job_environment(os.environ, slot, sweep.code),
+    )
+
+
 def run_jobs(
     sweep: Sweep,
     jobs: Iterable[Job],
@@ -114,6 +213,7 @@ def run_jobs(
     total: int,
     say: Callable[[str], None],
     trust: Sequence[str] | None = None,
+    start: Start = start_here,
     prune: Callable[[Job], bool] | None = None,
     done: Callable[[Job], None] | None = None,
 ) -> None:
@@ -126,6 +226,7 @@ def run_jobs(
         total: how many jobs there are or will be.
         say: shows a line.
         trust: as in `job_command`.
+        start: begins a job.
         prune: is asked now and then whether a running job shall stop.
         done: is told of each that has ended.
 
@@ -141,10 +242,14 @@ def run_jobs(
                 if job is None:
                     more = False
                     break
-                at_work.append(_start(sweep, job, free.pop(0), f"[{job.number + 1}/{total}]", trust, say))
+                slot, place, again = free.pop(0), f"[{job.number + 1}/{total}]", job.status.attempts > 0
+                process = start(sweep, job, slot, trust)
+                at_work.append(_Running(job, slot, place, process, time.monotonic(), time.monotonic()))
+                how = "waits for room" if job.status.state == "queued" else "goes on" if again else "started"
+                say(f"{place} {job.name}: {how}; {_near(job.folder / LOG)}")
             time.sleep(POLL_SECONDS)
             for one in list(at_work):
-                if _is_over(one):
+                if one.process.is_over():
                     at_work.remove(one)
                     free.append(one.slot)
                     _conclude(sweep, one, say)
@@ -154,55 +259,22 @@ def run_jobs(
                     one.looked = time.monotonic()
                     if prune(one.job):
                         one.pruned = True
-                        _tell(one, signal.SIGTERM)
+                        one.process.tell(signal.SIGTERM)
     except Stopped as stopped:
         _stop(sweep, at_work, stopped, say)
         raise
 
 
-def _start(
-    sweep: Sweep, job: Job, slot: Slot, place: str, trust: Sequence[str] | None, say: Callable[[str], None]
-) -> _Running:
-    status = job.status
-    write_status(job.folder, replace(status, state="running", exit_code=None, error=None))
-    with open_own(job.folder / LOG, "ab", buffering=0) as log:
-        process = subprocess.Popen(
-            job_command(job.folder, slot, trust),
-            cwd=sweep.directory,
-            env=job_environment(os.environ, slot, sweep.code),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    say(f"{place} {job.name}: {'started' if status.attempts == 0 else 'goes on'}; {_near(job.folder / LOG)}")
-    return _Running(job, slot, place, process, time.monotonic(), time.monotonic())
-
-
-def _is_over(one: _Running) -> bool:
-    """Whether a job has ended with all its processes; what a first process leaves behind is ended."""
-    if one.process.poll() is None:
-        return False
-    one.over = one.over or time.monotonic()
-    patience = GRACE_SECONDS if one.process.returncode < 0 else 0.0
-    group = -one.process.pid
-    try:
-        if time.monotonic() - one.over < patience:
-            os.kill(group, 0)
-            return False
-        os.kill(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    return True
-
-
 def _conclude(sweep: Sweep, one: _Running, say: Callable[[str], None]) -> None:
     """Write down how a job has ended, and say so."""
     status, code, seconds = read_status(one.job.folder), one.process.returncode, time.monotonic() - one.began
-    if status.state == "running":  # it could not say so itself
+    if code is None:
+        say(f"{one.place} {one.job.name}: has not begun")
+        return
+    if status.state in ("queued", "running"):  # it could not say so itself
         killed = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         memory = " (out of memory?)" if code == -signal.SIGKILL else ""
-        status = ended(one.job.folder, status, code, killed + memory, sweep.metric_name)
+        status = ended(one.job.folder, status, code, one.process.why or killed + memory, sweep.metric_name)
     if one.pruned and status.state == "preempted":
         status = replace(status, state="pruned")
     status = replace(status, seconds=round(seconds, 1))
@@ -219,25 +291,18 @@ def outcome(status: Status) -> str:
     return f"{status.state}{took}{shown}{why}"
 
 
-def _tell(one: _Running, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(one.process.pid, number)
-
-
 def _stop(sweep: Sweep, at_work: list[_Running], stopped: Stopped, say: Callable[[str], None]) -> None:
     """Hand a signal on to the jobs at work, and wait until they have saved; another signal kills them."""
     if at_work:
         say(f"stopped by {stopped.name}: {len(at_work)} at work save and stop; once more kills them")
     try:
         for one in at_work:
-            _tell(one, stopped.number)
-        while any(not _is_over(one) for one in at_work):
+            one.process.tell(stopped.number)
+        while any(not one.process.is_over() for one in at_work):
             time.sleep(POLL_SECONDS)
     except Stopped:
         for one in at_work:
-            with suppress(ProcessLookupError):
-                os.kill(-one.process.pid, signal.SIGKILL)
-            one.process.wait()
+            one.process.kill()
     for one in at_work:
         _conclude(sweep, one, say)
 

@@ -53,22 +53,36 @@ class LocalLauncher(_SweepLauncher):
         dry_run: only say which jobs there are.
     """
 
-    def local(self) -> Any:
+    def new_sweep(self) -> Any:
         """A sweep on this machine."""
         from denoiselab.app.local_sweep import LocalSweep
 
-        typed: Any = OmegaConf.to_container(self.config.hydra.overrides.task)
-        return LocalSweep(settings=self.settings, typed=typed, trusted=list(self.config.get("trust") or []))
+        return LocalSweep(**self.what())
+
+    def what(self) -> dict[str, Any]:
+        """What a sweep begins with."""
+        typed = OmegaConf.to_container(self.config.hydra.overrides.task)
+        return {"settings": self.settings, "typed": typed, "trusted": list(self.config.get("trust") or [])}
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
         """Do the jobs; a job that fails is written down, and said once all are done."""
         jobs = self.compose(job_overrides)
         if initial_job_idx == 0:
-            self.sweep = self.local()
+            self.sweep = self.new_sweep()
             self.composed.closing.append(self.sweep.conclude)
         with self.composed.at_work():
             done = self.sweep.launch(job_overrides, jobs)
         return [JobReturn(overrides=job.overrides, _return_value=job, status=JobStatus.COMPLETED) for job in done]
+
+
+class RayLauncher(LocalLauncher):
+    """Jobs on a Ray cluster; see conf/hydra/launcher/ray.yaml for its settings."""
+
+    def new_sweep(self) -> Any:
+        """A sweep on the cluster."""
+        from denoiselab.app.ray_sweep import RaySweep
+
+        return RaySweep(**self.what())
 
 
 class SlurmLauncher(_SweepLauncher):
@@ -122,7 +136,7 @@ class OptunaSweeper(Sweeper):
         from denoiselab.runs.errors import ConfigError
 
         if not isinstance(self.launcher, LocalLauncher):
-            raise ConfigError("hydra/sweeper=optuna: needs hydra/launcher=local, whose jobs it can watch")
+            raise ConfigError("hydra/sweeper=optuna: needs hydra/launcher=local or ray, whose jobs it can watch")
         words = [f"{key}={value}" for key, value in (self.settings["params"] or {}).items()] + arguments
         fixed: list[str] = []
         space: dict[str, Any] = {}
@@ -139,4 +153,4 @@ class OptunaSweeper(Sweeper):
         name = None if self.config is None else self.config.name
         with self.composed.at_work():
             search = Search(self.settings, space)
-            run_search(search, self.launcher.local(), fixed, name, lambda o: self.launcher.compose([o])[0])
+            run_search(search, self.launcher.new_sweep(), fixed, name, lambda o: self.launcher.compose([o])[0])
