@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ARGS ?=
+# On all cores, one thread each: several would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help install prefetch train sample evaluate compare report sweep certify frontier study replay convert sync dashboard test test-slow test-slurm check format clean
+.PHONY: help install prefetch train sample evaluate compare report sweep certify frontier study replay convert sync dashboard test coverage test-slow test-slurm check format clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -61,11 +63,14 @@ sync: $(INSTALLED)  ## send runs to W&B that were trained without a network; ARG
 dashboard: $(INSTALLED)  ## a W&B workspace and report; ARGS="sweeps/<sweep>" or "project=denoiselab"
 	$(BIN)/python scripts/dashboard.py $(ARGS)
 
-test: check  ## check, then the default tests with coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov --cov-report=term:skip-covered $(ARGS)
+test: check  ## check, then the default tests
+	$(PYTEST) $(ARGS)
+
+coverage: $(INSTALLED)  ## the default tests, and which lines and branches they reach
+	$(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
 
 test-slow: $(INSTALLED)  ## the longer tests
-	$(BIN)/python -m pytest -m 'slow and not slurm' $(ARGS)
+	$(PYTEST) -m 'slow and not slurm' $(ARGS)
 
 test-slurm: $(INSTALLED)  ## the tests on a real Slurm, which is installed (Debian, as root or by sudo), started and stopped
 	scripts/slurm_local.sh install

@@ -22,6 +22,13 @@ def _no_global_randomness_leaks():
     torch.manual_seed(0)
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Tables of what tests have measured, which they leave with `record_property("table", …)`, whatever process ran them."""
+    for report in terminalreporter.getreports("passed"):
+        for table in [text for name, text in report.user_properties if name == "table"]:
+            terminalreporter.write_line(f"{report.nodeid}\n{table}\n")
+
+
 @pytest.fixture
 def cifar10_folder(tmp_path_factory, monkeypatch):
     """A folder with cifar-10-batches-py of ten images a file, which is taken for complete."""

@@ -229,6 +229,11 @@ def test_a_folder_has_no_say_in_where_to_work_and_whom_to_trust(tmp_path):
     assert restore_overrides([f"run={run}", "resume=auto"]) == ["seed=1", f"run={run}", "resume=auto"]
 
 
+def test_what_is_typed_again_is_not_asked_of_the_folder(tmp_path):
+    run = stored(tmp_path / "run", ["name=${oc.env:HOME}", "optimizer.lr=${seed}"])
+    assert restore_overrides([f"run={run}", "resume=auto", "name=mine"])[:1] == ["optimizer.lr=${seed}"]
+
+
 def test_the_folder_is_found_by_what_is_typed(tmp_path):
     run = begun(tmp_path / "a run", 3)
     stored(run, ["seed=1"])
@@ -274,6 +279,9 @@ def test_nothing_is_restored_without_a_resume(tmp_path):
         "+sampler@hydra.callbacks.evil=heun",
         "+sampler@sampler:hydra.callbacks=heun",
         "objective/../../evil=x",
+        "name=${oc.env:HOME}",
+        "name=${ oc.env:HOME}",
+        "name=${oc.${x}:HOME}",
         "name=" + "x" * 20_000,
         "",
         "=3",

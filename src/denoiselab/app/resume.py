@@ -20,6 +20,7 @@ OF_THE_COMMAND = ("run", "resume", "allow", "trust")  # what a folder has no say
 LONGEST = 20_000  # characters of an override
 _PLAIN = re.compile(r"(\+\+|\+|~)?(?P<key>[A-Za-z_][\w./@:-]*)(=(?P<value>.*))?", re.DOTALL)
 _CHOICE = re.compile(r"[\w-]*|\[[\w, -]*\]")
+_RESOLVER = re.compile(r"\$\{.*:", re.DOTALL)
 restored: list[str] = []  # the overrides of this command that come from a run folder, not from whoever typed it
 
 
@@ -51,20 +52,24 @@ def restore_overrides(arguments: list[str]) -> list[str]:
         return arguments
     except (ConfigError, TypeError, KeyError, PermissionError) as error:
         raise ConfigError(f"run={folder}: its {COMMAND} cannot be read") from error
-    odd = [o for o in stored if not is_plain(o)] if isinstance(stored, list) else [stored]
+    odd = [stored]
+    if isinstance(stored, list):
+        stored = [o for o in stored if not isinstance(o, str) or key_of(o) not in typed]
+        odd = [o for o in stored if not is_plain(o)]
     if odd:
         raise ConfigError(f"run={folder}: {COMMAND} holds {str(odd[0])[:80]!r}, which is no override of a run")
-    restored[:] = [o for o in stored if key_of(o) not in {*typed, *OF_THE_COMMAND}]
+    restored[:] = [o for o in stored if key_of(o) not in OF_THE_COMMAND]
     return [*restored, *arguments]
 
 
 def is_plain(override: Any) -> bool:
     """Whether an override can only set a value of the run's config, or choose one of the project's own YAML files.
 
-    Hydra would take a choice such as `../../tmp/x` from anywhere, and build what its own keys name before anything is checked.
+    Hydra would take a choice such as `../../tmp/x` from anywhere, build what its own keys name before anything is checked, and
+    put what `${oc.env:X}` finds in the environment of whoever goes on with the run into its config.
     """
     found = _PLAIN.fullmatch(override) if isinstance(override, str) and len(override) <= LONGEST else None
-    if found is None or "hydra" in found["key"] or ".." in found["key"]:
+    if found is None or "hydra" in found["key"] or ".." in found["key"] or _RESOLVER.search(override):
         return False
     group = found["key"].partition("@")[0]
     return not (config_folder() / group).is_dir() or _CHOICE.fullmatch((found["value"] or "").strip("'\"")) is not None
