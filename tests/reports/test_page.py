@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -148,6 +149,24 @@ def test_numbers_of_unlike_protocols_get_unlike_letters_and_the_reason(tmp_path)
     assert inception.values == [5.0, None, None]
     described = fid.described()
     assert (described["kinds"], inception.described()["kinds"]) == (["a", "b", "a"], None)
+
+
+def test_what_a_sweep_varies_of_its_sampling_is_compared_and_said(tmp_path):
+    runs = []
+    for i, (sampler, scale) in enumerate(itertools.product(("Ddim", "Heun"), (1.5, 2.0))):
+        overrides = [f"sampler={sampler}", f"guidance.scale={scale}", "optimizer.lr=0.1"]
+        how = {"sampler": {"_target_": f"lab.{sampler}", "nfe": 20}, "guidance": {"scale": scale}, "nfe": 19 + i % 2}
+        numbers = number("fid_2k", 1.0 + i, protocol=how), number("is_2k", 1.0 + i)
+        runs.append(read_run(write_run(tmp_path / str(i), *numbers, overrides=overrides)))
+    fid, inception = (column.described() for column in number_columns(runs)[0])
+    assert (fid["kinds"], fid["unlike"], fid["varied"]) == (None, "", ["sampler", "guidance.scale"])
+    assert (inception["kinds"], inception["varied"]) == (None, [])
+    # What no override varies still holds numbers apart
+    how = {"sampler": {"_target_": "lab.Ddim", "nfe": 20}, "class_balance": "as it comes", "guidance": {"scale": 2.0}}
+    other = write_run(tmp_path / "x", number("fid_2k", 9.0, protocol=how), overrides=["sampler=Ddim"])
+    fid, *_ = number_columns([*runs, read_run(other)])[0]
+    assert fid.kinds == ["a", "a", "a", "a", "b"]
+    assert fid.unlike == "fid_2k: class_balance differs: balanced in 0, as it comes in x"
 
 
 def test_the_curve_that_a_sweep_is_judged_by_is_no_second_column_without_a_protocol(tmp_path):

@@ -346,6 +346,27 @@ def test_colour_by_an_override_and_by_a_number(page):
     assert page.texts("#scale .ends span")
 
 
+def test_a_sweep_over_sampling_is_sorted_and_coloured_although_a_run_has_diverged(driver, tmp_path):
+    for i, (value, nfe) in enumerate([(0.5, 10), (float("nan"), 20), (0.2, 40), (0.3, 80)]):
+        overrides = [f"sampler.nfe={nfe}"]
+        protocol = {"sampler": PROTOCOL["sampler"] | {"nfe": nfe}, "nfe": nfe - 1}
+        folder = write_run(tmp_path / f"{i}_x", number("fid_2k", value, protocol=protocol), overrides=overrides)
+        write_status(folder, i, overrides, state="finished")
+        write_curves(folder, {"train/loss": [1.0, 0.5]})
+    page = Page(driver, written(jobs_of(tmp_path), tmp_path / "page.html"))
+    page.settle()
+    assert page.texts("#unlike li") == ["fid_2k: measured in unlike ways on purpose, as overrides vary sampler.nfe."]
+    press(page, "fid_2k")
+    assert names(page) == ["2", "3", "0", "1"]
+    assert page.js("return document.querySelector('td.best button').closest('tr').dataset.run") == "2"
+    page.see("curves")
+    page.choose("#colour", "fid_2k")
+    assert page.texts("#scale .ends span") == ["0.2", "0.5"]
+    page.see("parallel")
+    assert page.drawn("axes") == 3
+    assert page.complaints() == []
+
+
 def test_columns_are_chosen(page):
     heads = page.texts("#table thead th")
     assert "val/epsilon_mse" not in heads

@@ -74,6 +74,16 @@ function valueOf(i, what) {
   return DATA.varying.find((column) => column.key === name)?.values[i] ?? null;
 }
 
+// Items by what `key` says of each, in the order in which they come.
+function grouped(items, key) {
+  const found = new Map();
+  for (const item of items) {
+    if (!found.has(key(item))) found.set(key(item), []);
+    found.get(key(item)).push(item);
+  }
+  return found;
+}
+
 function isNumber(value) {
   return typeof value === "number" && Number.isFinite(value);
 }

@@ -51,7 +51,7 @@ function paintDifferences() {
 function startCauses() {
   const bad = ALL.filter((i) => RUNS[i].state === "failed");
   byId("attention").hidden = !bad.length;
-  const groups = Map.groupBy(bad, (i) => RUNS[i].cause || "no cause was written");
+  const groups = grouped(bad, (i) => RUNS[i].cause || "no cause was written");
   byId("causes").append(
     ...[...groups].map(([cause, runs]) => {
       const places = runs.map((i) =>

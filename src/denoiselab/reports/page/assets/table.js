@@ -88,6 +88,7 @@ function numberColumn(column) {
     text: column.name,
     numeric: true,
     unlike: column.unlike,
+    varied: column.varied,
     hint: column.unlike || { low: "smaller is better", high: "larger is better", "": "" }[column.better],
     value: (i) => column.values[i],
     group: (i) => kind(column, i),
@@ -100,7 +101,7 @@ function numberColumn(column) {
 function bestOf(column) {
   const found = new Set();
   if (!column.better) return found;
-  const groups = Map.groupBy(
+  const groups = grouped(
     ALL.filter((i) => isNumber(column.values[i])),
     (i) => kind(column, i),
   );
@@ -151,12 +152,23 @@ function buildTable() {
   body.append(...order.map((i) => rows.get(i)));
   byId("table").replaceChildren(head, body);
   const apart = columns.filter((column) => column.unlike);
-  const reasons = Map.groupBy(apart, (column) => column.unlike.slice(column.text.length));
+  const varied = grouped(
+    columns.filter((column) => column.varied?.length),
+    (column) => column.varied.join(", "),
+  );
+  const reasons = grouped(apart, (column) => column.unlike.slice(column.text.length));
   byId("unlike").replaceChildren(
     ...[...reasons].map(([reason, some]) =>
       make("li", {}, `≠ ${some.map((column) => column.text).join(", ")}${reason}.`),
     ),
     ...(apart.length ? [make("li", {}, "Only numbers with the same letter may be compared.")] : []),
+    ...[...varied].map(([keys, some]) =>
+      make(
+        "li",
+        { class: "quiet" },
+        `${some.map((column) => column.text).join(", ")}: measured in unlike ways on purpose, as overrides vary ${keys}.`,
+      ),
+    ),
   );
   showRows();
 }
