@@ -233,7 +233,6 @@ def test_curves_are_read_by_step_and_gaps_are_no_points(tmp_path):
     assert list(found) == ["a", "b"]
     assert found["a"].steps.tolist() == [10, 30]
     assert str(found["b"].values.tolist()) == "[nan, 2.5, inf]"
-    assert list(read_curves(tmp_path, ["b*"])) == ["b"]
 
 
 @pytest.mark.parametrize("count", [6, 10, 11, 500, 12_345])
@@ -270,7 +269,9 @@ def test_packed_curves_are_what_they_were_and_share_their_steps(tmp_path):
 def test_seconds_are_those_that_were_logged():
     seconds = Curve(np.array([10.0, 20.0, 40.0]), np.array([1.5, np.nan, 7.0]))
     found = clock({"train/seconds": seconds})
-    assert (found.steps.tolist(), found.values.tolist()) == ([10.0, 40.0], [1.5, 7.0])
+    assert (found.steps.tolist(), found.values.tolist()) == ([0.0, 10.0, 40.0], [0.0, 1.5, 7.0])
+    branched = clock({"train/seconds": Curve(np.array([1010.0, 1020.0]), np.array([3.0, 4.0]))})
+    assert (branched.steps.tolist(), branched.values.tolist()) == ([1000.0, 1010.0, 1020.0], [0.0, 3.0, 4.0])
     assert clock({}) is None
     assert clock({"train/seconds": Curve(np.array([1.0]), np.array([np.nan]))}) is None
 
@@ -287,7 +288,34 @@ def test_a_loss_that_broke_off_is_told_by_its_step(tmp_path):
     folder = write_run(tmp_path / "a")
     write_curves(folder, {"train/loss": [1.0, float("nan"), float("inf")]})
     facts = gather([folder], LIMITS)["runs"][0]["facts"]
-    assert (facts["not_finite"], facts["last_step"]) == (20, 30)
+    assert (facts["not_finite"], facts["steps"]) == (20, 30)
+
+
+def test_steps_and_seconds_are_those_of_all_starts(tmp_path):
+    for state in ("running", "failed"):
+        folder = write_job(tmp_path / state, 0, ["objective=v"], lr=1e-3)
+        write_status(folder, 0, ["objective=v"], state=state, step=100, seconds=2.5, attempts=2)
+        facts = gather([folder], LIMITS)["runs"][0]["facts"]
+        assert (facts["steps"], facts["seconds"]) == (200 if state == "running" else 100, 20.0)
+    (folder / "metrics.csv").unlink()
+    assert gather([folder], LIMITS)["runs"][0]["facts"]["seconds"] == 2.5
+
+
+def test_what_is_not_drawn_is_known_nevertheless(tmp_path):
+    folder = write_job(tmp_path / "0_x", 0, ["objective=v"], lr=1e-3)
+    write_curves(folder, {"train/loss": [1.0, float("nan")], "train/seconds": [1.0, 2.0], "val/x0_mse": [1.0, 0.5]})
+    whole, some = (gather([folder], Limits(1000, 0, curves)) for curves in (None, ["val/*"]))
+    assert list(some["runs"][0]["curves"]) == ["val/x0_mse"]
+    assert some["columns"] == whole["columns"]
+    assert some["runs"][0]["facts"] == whole["runs"][0]["facts"]
+    assert unpacked(some, some["runs"][0]["clock"])[1].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_it_is_said_which_curves_were_thinned(tmp_path):
+    folder = write_job(tmp_path / "0_x", 0, ["objective=v"], lr=1e-3, points=30)
+    (note,) = gather([folder], Limits(20, 0))["notes"]
+    assert note.startswith("4 of 4 curves are thinned, max_points=20: of each stretch the least and the largest value")
+    assert gather([folder], Limits(30, 0))["notes"] == []
 
 
 # --- pictures ---

@@ -25,6 +25,10 @@ const COSTS = [
 function paintFrontier() {
   const { points, metric } = FRONTIERS[Number(byId("which").value)];
   const good = points.filter((point) => [point.nfe, point.seconds, point.value].every(isNumber));
+  if (!good.length) {
+    plot("front", [], layout({ annotations: [remark("no point of it has finite numbers")] }), []);
+    return;
+  }
   const samplers = [...new Set(good.map((point) => point.sampler))];
   const scales = [...new Set(good.map((point) => point.scale))].sort((a, b) => a - b);
   const traces = [];

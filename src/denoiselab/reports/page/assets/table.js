@@ -37,18 +37,13 @@ function tableColumns() {
       cell: (i) => make("span", { class: "cut" }, show(column.values[i])),
     })),
     ...DATA.columns.filter((column) => wanted.has(column.name)).map(numberColumn),
-    { id: "steps", text: "steps", numeric: true, value: lastStep, cell: (i) => show(lastStep(i)) },
+    fact("steps", "steps"),
     fact("seconds", "time", duration),
     ...(RUNS.some((run) => run.facts.attempts > 1) ? [fact("attempts", "attempts")] : []),
     ...(seen("wandb")
       ? [{ ...fact("wandb", "W&B id"), cell: (i) => make("span", { class: "mono" }, RUNS[i].facts.wandb ?? "–") }]
       : []),
   ];
-}
-
-function lastStep(i) {
-  const { facts } = RUNS[i];
-  return facts.steps ?? facts.last_step ?? null;
 }
 
 function stateCell(i) {
@@ -70,7 +65,7 @@ function numberColumn(column) {
     const letter = kind(column, i);
     const parts = [show(column.values[i]), letter ? make("span", { class: "kind" }, letter) : null];
     // By keyboard the records are reached through "Protocols": a stop at each number would be hundreds.
-    if (!DATA.records[column.name]?.[i]) return make("span", {}, ...parts);
+    if (!DATA.records[column.name]?.[i]) return make("span", { class: "value" }, ...parts);
     return make(
       "button",
       {
