@@ -159,8 +159,8 @@ def _facts(run: FolderRun, curves: Mapping[str, Curve]) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     last = max((int(curve.steps[-1]) for curve in curves.values()), default=None)
     told = run.facts.get("steps")
-    if last is not None and (told is None or (run.state == "running" and last > told)):  # of its last attempt
-        facts["steps"] = last
+    if last is not None and (not isinstance(told, int) or (run.state == "running" and last > told)):
+        facts["steps"] = last  # what is told is of the attempt before
     if timed := clock(curves):
         facts["seconds"] = float(timed.values[-1])  # of all starts
     loss = curves.get("train/loss")
