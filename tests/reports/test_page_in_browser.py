@@ -160,6 +160,7 @@ def test_numbers_of_unlike_protocols_are_marked_and_never_sorted_together(page):
         press(page, "fd_digits_2k")
         assert names(page)[6] == "8", "the one of the other protocol comes after the others, though it is the smallest"
     best = page.js("return [...document.querySelectorAll('td.best')].map(td => td.parentElement.dataset.run)")
+    assert best
     assert "8" not in best
     page.see("parallel")
     assert "1 of the runs that are shown is left out: fd_digits_2k: sampler.nfe differs" in page.find("#partial").text
@@ -360,6 +361,8 @@ def test_a_sweep_over_sampling_is_sorted_and_coloured_although_a_run_has_diverge
         write_curves(folder, {"train/loss": [1.0, 0.5]})
     page = Page(driver, written(jobs_of(tmp_path), tmp_path / "page.html"))
     page.settle()
+    losses = "return document.querySelectorAll('td.best span.value').length"
+    assert page.js(losses) == 0  # all are as good
     assert page.texts("#unlike li") == ["fid_2k: measured in unlike ways on purpose, as overrides vary sampler.nfe."]
     press(page, "fid_2k")
     assert names(page) == ["2", "3", "0", "1"]

@@ -10,7 +10,8 @@ function startCurves() {
   }
   const asked = DATA.sweep?.metric;
   const grows = (name) => METRICS.includes(name) && RUNS.some((_, i) => curve(i, name)?.values.length > 1);
-  const first = [asked, `metrics/${asked}`, "val/x0_mse", "train/loss"].find(grows);
+  const good = [asked, `metrics/${asked}`, "val/x0_mse", "train/loss"];
+  const first = good.find(grows) ?? good.find((name) => METRICS.includes(name));
   fill(
     byId("metric"),
     METRICS.map((name) => [name, name, name.includes("/") ? name.slice(0, name.lastIndexOf("/")) : ""]),
@@ -140,7 +141,7 @@ function paintCurves() {
       ? `≠ ${DATA.unlike[S.metric]}. These curves are not to be compared as they stand.`
       : "",
     without && traces.length
-      ? `${without} of the runs that are shown ${without === 1 ? "has" : "have"} not logged this.`
+      ? `${without} of the runs that are shown ${without === 1 ? "has" : "have"} not logged ${time ? "this, or not its seconds" : "this"}.`
       : "",
     never ? `✗ of ${never} of the runs that are shown no value of this is finite.` : "",
   ].filter(Boolean);

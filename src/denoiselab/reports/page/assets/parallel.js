@@ -85,7 +85,6 @@ function paintParallel() {
       xshift: k === axes.length - 1 ? 7 : -7,
       font: { size: 11, color: color("quiet") },
       bgcolor: color("card"),
-      opacity: 0.85,
     })),
   );
   plot(

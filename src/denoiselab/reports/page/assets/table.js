@@ -92,7 +92,7 @@ function numberColumn(column) {
   };
 }
 
-// The best run among those that may be compared, for each kind of at least two.
+// The best runs among those that may be compared, unless all are as good.
 function bestOf(column) {
   const found = new Set();
   if (!column.better) return found;
@@ -102,7 +102,8 @@ function bestOf(column) {
   );
   for (const runs of groups.values()) {
     const end = Math[column.better === "low" ? "min" : "max"](...runs.map((i) => column.values[i]));
-    if (runs.length > 1) runs.filter((i) => column.values[i] === end).forEach((i) => found.add(i));
+    const first = runs.filter((i) => column.values[i] === end);
+    if (first.length < runs.length) first.forEach((i) => found.add(i));
   }
   return found;
 }
