@@ -606,7 +606,8 @@ def test_two_hundred_runs_of_a_thousand_points_stay_responsive(driver, tmp_path,
     with capsys.disabled():
         told = ", ".join(f"{name} {value:.2f} s" for name, value in figures.items())
         print(
-            f"\n200 runs x 1,000 points x 13 curves: gathered in {gathered:.1f} s, {size / 1e6:.1f} MB; {told}; x{max(slow):.1f}"
+            f"\n200 runs x 1,000 points x 13 curves: gathered in {gathered:.1f} s, {size / 1e6:.1f} MB; {told}; "
+            f"the machine {max(slow):.1f} times slower than a quiet one"
         )
     assert size < 60e6
     bounds = {"open": 30.0, "new metric": 6.0, "log": 5.0, "smooth": 5.0} | dict.fromkeys(
