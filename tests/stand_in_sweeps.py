@@ -12,11 +12,11 @@ from PIL import Image
 
 from stand_in_runs import number, write_run
 
-CURVES = ("train/loss", "train/images_per_second", "val/x0_mse")
+CURVES = ("train/loss", "train/images_per_second", "train/seconds", "val/x0_mse")
 
 
 def write_sweep(
-    folder: Path, count: int, *, points: int = 20, pictures: int = 0, columns: int = 3, **sweep: Any
+    folder: Path, count: int, *, points: int = 20, pictures: int = 0, columns: int = 4, **sweep: Any
 ) -> Path:
     """A sweep of `count` finished jobs over objective, learning rate and seed.
 
@@ -47,7 +47,7 @@ def write_sweep(
     return folder
 
 
-def write_job(folder: Path, i: int, overrides: list[str], *, lr: float, points: int = 20, columns: int = 3) -> Path:
+def write_job(folder: Path, i: int, overrides: list[str], *, lr: float, points: int = 20, columns: int = 4) -> Path:
     """A finished job with curves that fall, faster with a larger learning rate."""
     values = dict(override.split("=", 1) for override in overrides)
     value = 0.1 + 0.001 / lr / 10 + 0.01 * (i % 7)
@@ -60,9 +60,6 @@ def write_job(folder: Path, i: int, overrides: list[str], *, lr: float, points: 
         overrides=overrides,
         optimizer={"lr": lr},
     )
-    config = json.loads((folder / "config.json").read_text())
-    config["datamodule"]["batch_size"] = 64
-    (folder / "config.json").write_text(json.dumps(config))
     write_curves(folder, curves(points, columns, seed=i, floor=value))
     (folder / "summary.json").write_text(json.dumps({"status": "finished", "steps": points * 10, "seconds": 12.5}))
     (folder / "id").write_text(f"id-{i}\n")
@@ -89,7 +86,8 @@ def curves(points: int, columns: int, seed: int, floor: float) -> dict[str, np.n
     names = [*CURVES, *(f"train/loss_by_log_snr/{k}" for k in range(columns - len(CURVES)))]
     fall = np.exp(-np.arange(points) / (points / 6))
     found = {name: fall + floor + 0.02 * noise.standard_normal(points) for name in names}
-    return found | {"train/images_per_second": 640 + 10 * noise.standard_normal(points)}
+    speed = 640 + 10 * noise.standard_normal(points)
+    return found | {"train/images_per_second": speed, "train/seconds": np.arange(1, points + 1.0)}
 
 
 def write_curves(folder: Path, values: dict[str, Any], every: int = 10) -> None:

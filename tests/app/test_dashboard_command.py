@@ -7,6 +7,7 @@ import pytest
 from calls import RUN, call, only_run
 
 from denoiselab.reports.dashboard import DEFAULTS, logged_keys, make_board
+from stand_in_runs import write_run
 from wandb_server import wandb_server
 
 pytest.importorskip("wandb_workspaces")
@@ -44,6 +45,18 @@ def test_it_is_written_without_an_account(run, tmp_path, monkeypatch):
     assert "metrics/fd_digits_20" in json.dumps(written["workspace"])
     assert "metrics/fd_digits_20" in json.dumps(written["report"])
     assert written["saved"] == {}
+
+
+def test_runs_of_no_sweep_are_shown_alone(tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / "runs" / name)
+    (tmp_path / "runs" / "a" / "id").write_text("a-1\n")
+    done = call("dashboard", "runs", "project=mine", "save=false", "output=board.json", cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert "1 of 2 runs have never been at W&B: sync.py sends them" in done.out
+    written = json.loads((tmp_path / "board.json").read_text())
+    for name in ("workspace", "report"):
+        assert "a-1" in json.dumps(written[name])
 
 
 def test_it_is_saved_with_one_and_saved_again_in_place(tmp_path, monkeypatch):

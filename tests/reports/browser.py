@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -114,9 +115,15 @@ class Page:
         """How many lines there are on the screen."""
         return self.js("return document.querySelectorAll(`#${arguments[0]} .scatterlayer .trace`).length", plot)
 
+    def slowness(self) -> float:
+        """How many times slower the machine is now than a quiet one of 2025, by a loop that takes 0.1 s there; at least 1."""
+        loop = "let x = 1; for (let k = 0; k < 5e6; k++) x = (x * 16807) % 2147483647; window.x = x"
+        taken = self.js(f"const began = performance.now(); {loop}; return performance.now() - began") / 1000
+        return max(1.0, taken / 0.1, os.getloadavg()[0] / (os.cpu_count() or 1))
+
     def until(self, holds: Callable[[], Any], seconds: float = 10.0) -> Any:
-        """Wait for something."""
-        end = time.monotonic() + seconds
+        """Wait for something, longer on a slow machine."""
+        end = time.monotonic() + seconds * self.slowness()
         while not (found := holds()):
             assert time.monotonic() < end, "did not come about"
             time.sleep(0.05)

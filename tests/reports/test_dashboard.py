@@ -9,12 +9,14 @@ from denoiselab.reports.dashboard import (
     COLUMNS,
     DEFAULTS,
     choose_metric,
+    ids_of,
     is_falling,
     logged_keys,
     make_board,
     varying_columns,
     where_logged,
 )
+from stand_in_runs import write_run
 
 pages = pytest.importorskip("denoiselab.reports.dashboard_pages")
 METRIC = "metrics/fd_digits_500"
@@ -118,6 +120,12 @@ def test_a_sweep_is_filtered_by_its_folder(no_network):
         assert list(filters_of(spec)) == []
 
 
+def test_runs_of_no_sweep_are_filtered_by_their_ids(no_network):
+    for spec in specs(board(None, ids=["a-1", "b-2"])):
+        key = {"section": "run", "name": "name"}  # what W&B's own pages call the id
+        assert list(filters_of(spec)) == [(key, "IN", ["a-1", "b-2"])] * len(list(run_sets_of(spec)))
+
+
 def test_what_is_not_logged_is_not_shown():
     made = board(logged=["train/loss", "val/x0_mse"], metric="val/x0_mse")
     assert made.keys() == {"train/loss", "val/x0_mse", "trainer/global_step", "train/seconds"}
@@ -144,6 +152,16 @@ def test_the_columns_are_what_the_jobs_vary(tmp_path):
     assert varying_columns(runs) == ["choices.objective", "optimizer.lr"]
     assert varying_columns(runs[:1]) == list(COLUMNS)
     assert where_logged(runs) == ("p", "e")
+
+
+def test_the_columns_of_plain_runs_are_what_their_commands_say(tmp_path):
+    runs = [
+        write_run(tmp_path / "a", overrides=["objective=v", "optimizer.lr=1", "name=a"]),
+        write_run(tmp_path / "b", overrides=["objective=x0", "optimizer.lr=1", "name=b", "seed=3"], objective="x0"),
+    ]
+    assert varying_columns(runs) == ["choices.objective", "seed"]
+    (runs[0] / "id").write_text("a-1\n")
+    assert ids_of(runs) == ["a-1"]
 
 
 def test_a_sweep_that_has_not_begun_shows_what_runs_log(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -150,6 +151,24 @@ def test_numbers_of_unlike_protocols_get_unlike_letters_and_the_reason(tmp_path)
     assert (described["kinds"], inception.described()["kinds"]) == (["a", "b", "a"], None)
 
 
+def test_what_a_sweep_varies_of_its_sampling_is_compared_and_said(tmp_path):
+    runs = []
+    for i, (sampler, scale) in enumerate(itertools.product(("Ddim", "Heun"), (1.5, 2.0))):
+        overrides = [f"sampler={sampler}", f"guidance.scale={scale}", "optimizer.lr=0.1"]
+        how = {"sampler": {"_target_": f"lab.{sampler}", "nfe": 20}, "guidance": {"scale": scale}, "nfe": 19 + i % 2}
+        numbers = number("fid_2k", 1.0 + i, protocol=how), number("is_2k", 1.0 + i)
+        runs.append(read_run(write_run(tmp_path / str(i), *numbers, overrides=overrides)))
+    fid, inception = (column.described() for column in number_columns(runs)[0])
+    assert (fid["kinds"], fid["unlike"], fid["varied"]) == (None, "", ["sampler", "guidance.scale"])
+    assert (inception["kinds"], inception["varied"]) == (None, [])
+    # What no override varies still holds numbers apart
+    how = {"sampler": {"_target_": "lab.Ddim", "nfe": 20}, "class_balance": "as it comes", "guidance": {"scale": 2.0}}
+    other = write_run(tmp_path / "x", number("fid_2k", 9.0, protocol=how), overrides=["sampler=Ddim"])
+    fid, *_ = number_columns([*runs, read_run(other)])[0]
+    assert fid.kinds == ["a", "a", "a", "a", "b"]
+    assert fid.unlike == "fid_2k: class_balance differs: balanced in 0, as it comes in x"
+
+
 def test_the_curve_that_a_sweep_is_judged_by_is_no_second_column_without_a_protocol(tmp_path):
     sweep = write_sweep(tmp_path / "s", 2, metric={"name": "metrics/fd_digits_2k", "mode": "min"})
     folders = sorted(path for path in sweep.iterdir() if path.is_dir())
@@ -214,7 +233,6 @@ def test_curves_are_read_by_step_and_gaps_are_no_points(tmp_path):
     assert list(found) == ["a", "b"]
     assert found["a"].steps.tolist() == [10, 30]
     assert str(found["b"].values.tolist()) == "[nan, 2.5, inf]"
-    assert list(read_curves(tmp_path, ["b*"])) == ["b"]
 
 
 @pytest.mark.parametrize("count", [6, 10, 11, 500, 12_345])
@@ -251,7 +269,9 @@ def test_packed_curves_are_what_they_were_and_share_their_steps(tmp_path):
 def test_seconds_are_those_that_were_logged():
     seconds = Curve(np.array([10.0, 20.0, 40.0]), np.array([1.5, np.nan, 7.0]))
     found = clock({"train/seconds": seconds})
-    assert (found.steps.tolist(), found.values.tolist()) == ([10.0, 40.0], [1.5, 7.0])
+    assert (found.steps.tolist(), found.values.tolist()) == ([0.0, 10.0, 40.0], [0.0, 1.5, 7.0])
+    branched = clock({"train/seconds": Curve(np.array([1010.0, 1020.0]), np.array([3.0, 4.0]))})
+    assert (branched.steps.tolist(), branched.values.tolist()) == ([1000.0, 1010.0, 1020.0], [0.0, 3.0, 4.0])
     assert clock({}) is None
     assert clock({"train/seconds": Curve(np.array([1.0]), np.array([np.nan]))}) is None
 
@@ -268,7 +288,34 @@ def test_a_loss_that_broke_off_is_told_by_its_step(tmp_path):
     folder = write_run(tmp_path / "a")
     write_curves(folder, {"train/loss": [1.0, float("nan"), float("inf")]})
     facts = gather([folder], LIMITS)["runs"][0]["facts"]
-    assert (facts["not_finite"], facts["last_step"]) == (20, 30)
+    assert (facts["not_finite"], facts["steps"]) == (20, 30)
+
+
+def test_steps_and_seconds_are_those_of_all_starts(tmp_path):
+    for state in ("running", "failed"):
+        folder = write_job(tmp_path / state, 0, ["objective=v"], lr=1e-3)
+        write_status(folder, 0, ["objective=v"], state=state, step=100, seconds=2.5, attempts=2)
+        facts = gather([folder], LIMITS)["runs"][0]["facts"]
+        assert (facts["steps"], facts["seconds"]) == (200 if state == "running" else 100, 20.0)
+    (folder / "metrics.csv").unlink()
+    assert gather([folder], LIMITS)["runs"][0]["facts"]["seconds"] == 2.5
+
+
+def test_what_is_not_drawn_is_known_nevertheless(tmp_path):
+    folder = write_job(tmp_path / "0_x", 0, ["objective=v"], lr=1e-3)
+    write_curves(folder, {"train/loss": [1.0, float("nan")], "train/seconds": [1.0, 2.0], "val/x0_mse": [1.0, 0.5]})
+    whole, some = (gather([folder], Limits(1000, 0, curves)) for curves in (None, ["val/*"]))
+    assert list(some["runs"][0]["curves"]) == ["val/x0_mse"]
+    assert some["columns"] == whole["columns"]
+    assert some["runs"][0]["facts"] == whole["runs"][0]["facts"]
+    assert unpacked(some, some["runs"][0]["clock"])[1].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_it_is_said_which_curves_were_thinned(tmp_path):
+    folder = write_job(tmp_path / "0_x", 0, ["objective=v"], lr=1e-3, points=30)
+    (note,) = gather([folder], Limits(20, 0))["notes"]
+    assert note.startswith("4 of 4 curves are thinned, max_points=20: of each stretch the least and the largest value")
+    assert gather([folder], Limits(30, 0))["notes"] == []
 
 
 # --- pictures ---

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-import os
 import time
 
 import pytest
@@ -160,6 +160,7 @@ def test_numbers_of_unlike_protocols_are_marked_and_never_sorted_together(page):
         press(page, "fd_digits_2k")
         assert names(page)[6] == "8", "the one of the other protocol comes after the others, though it is the smallest"
     best = page.js("return [...document.querySelectorAll('td.best')].map(td => td.parentElement.dataset.run)")
+    assert best
     assert "8" not in best
     page.see("parallel")
     assert "1 of the runs that are shown is left out: fd_digits_2k: sampler.nfe differs" in page.find("#partial").text
@@ -225,9 +226,7 @@ def test_metric_axes_scale_and_smoothing(page):
     assert raw["x"] == [10.0 * k for k in range(1, 21)]
     assert "train/loss: means something else where objective differs" in page.find("#meaning").text
     page.choose("#against", "seconds")
-    assert page.traces("curve")[0]["x"][-1] == pytest.approx(
-        20.0, rel=0.05
-    )  # 20 rows of 10 steps of 64 images at 640 a second
+    assert page.traces("curve")[0]["x"] == list(range(1, 21))  # a row each second
     page.find("#logy").click()
     page.settle()
     assert page.js("return document.getElementById('curve').layout.yaxis.type") == "log"
@@ -256,17 +255,24 @@ def test_hovering_shows_run_step_and_value_and_lets_the_run_stand_out(page):
         "const p = document.getElementById('curve'), l = p._fullLayout, t = p.data[0], r = p.getBoundingClientRect();"
         "return [r.left + l.xaxis._offset + l.xaxis.d2p(t.x[0]), r.top + l.yaxis._offset + l.yaxis.d2p(t.y[0])]"
     )
-    ActionChains(page.driver).move_by_offset(0, 0).perform()
     chain = ActionChains(page.driver)
-    chain.w3c_actions.pointer_action.move_to_location(round(place[0]), round(place[1]))
-    chain.perform()
-    text = page.until(lambda: page.js("return document.querySelector('#curve .hoverlayer .hovertext')?.textContent"))
+
+    def point(x, y):
+        chain.w3c_actions.pointer_action.move_to_location(x, y)
+        chain.perform()
+
+    nudges = itertools.cycle((0, 1))  # a move that the page was too busy to see is made again
+
+    def hovered():
+        point(round(place[0]) + next(nudges), round(place[1]))
+        return page.js("return document.querySelector('#curve .hoverlayer .hovertext')?.textContent")
+
+    text = page.until(hovered)
     assert "objective=" in text
     assert "step 10" in text
     assert page.js("return document.querySelectorAll('#curve .trace.strong').length") == 1
     assert page.js("return document.querySelector('#table tr.strong') !== null")
-    chain.w3c_actions.pointer_action.move_to_location(5, 5)
-    chain.perform()
+    point(5, 5)
     page.until(lambda: not page.js("return document.querySelector('.strong')"))
 
 
@@ -285,10 +291,8 @@ def test_the_slider_moves_all_pictures(page):
     assert page.js(pictures) == last
     page.choose("#kind", "raw")
     assert not set(last[2:]) & set(page.js(pictures)[2:])
-    whole = page.js(
-        "return [...document.querySelectorAll('#pictures img')].every(i => i.complete && i.naturalWidth === 32)"
-    )
-    assert whole
+    whole = "return [...document.querySelectorAll('#pictures img')].every(i => i.complete && i.naturalWidth === 32)"
+    page.until(lambda: page.js(whole))
 
 
 def test_two_runs_side_by_side(page):
@@ -346,6 +350,29 @@ def test_colour_by_an_override_and_by_a_number(page):
     page.choose("#colour", "accuracy_2k")
     assert len({trace["color"] for trace in page.traces("curve")[:6]}) == 6
     assert page.texts("#scale .ends span")
+
+
+def test_a_sweep_over_sampling_is_sorted_and_coloured_although_a_run_has_diverged(driver, tmp_path):
+    for i, (value, nfe) in enumerate([(0.5, 10), (float("nan"), 20), (0.2, 40), (0.3, 80)]):
+        overrides = [f"sampler.nfe={nfe}"]
+        protocol = {"sampler": PROTOCOL["sampler"] | {"nfe": nfe}, "nfe": nfe - 1}
+        folder = write_run(tmp_path / f"{i}_x", number("fid_2k", value, protocol=protocol), overrides=overrides)
+        write_status(folder, i, overrides, state="finished")
+        write_curves(folder, {"train/loss": [1.0, 0.5]})
+    page = Page(driver, written(jobs_of(tmp_path), tmp_path / "page.html"))
+    page.settle()
+    losses = "return document.querySelectorAll('td.best span.value').length"
+    assert page.js(losses) == 0  # all are as good
+    assert page.texts("#unlike li") == ["fid_2k: measured in unlike ways on purpose, as overrides vary sampler.nfe."]
+    press(page, "fid_2k")
+    assert names(page) == ["2", "3", "0", "1"]
+    assert page.js("return document.querySelector('td.best button').closest('tr').dataset.run") == "2"
+    page.see("curves")
+    page.choose("#colour", "fid_2k")
+    assert page.texts("#scale .ends span") == ["0.2", "0.5"]
+    page.see("parallel")
+    assert page.drawn("axes") == 3
+    assert page.complaints() == []
 
 
 def test_columns_are_chosen(page):
@@ -457,7 +484,9 @@ def test_what_a_run_says_is_text_wherever_it_stands(driver, tmp_path):
         )
         page.see("curves")
     page.js("document.querySelector('button.value').click()")
-    time.sleep(0.3)
+    # An image that has come or has failed has said so by now
+    page.until(lambda: page.js("return [...document.images].every(i => i.complete)"))
+    page.settle()
     assert page.js("return window.struck") is None
     assert page.js("return ({}).polluted") is None
     assert (
@@ -480,6 +509,31 @@ def test_a_frontier_whose_floor_lies_below_zero(driver, tmp_path):
     page = Page(driver, written([folder], tmp_path / "page.html"))
     page.see("frontier")
     assert page.drawn("front") == 6
+    assert page.complaints() == []
+
+
+def test_what_was_never_finite_is_said(driver, tmp_path):
+    nan = float("nan")
+    for i, loss in enumerate([[nan, 2.0, 1.0], [nan, nan, nan], [3.0, 2.0, 1.5]]):
+        folder = write_job(tmp_path / f"{i}_x", i, ["objective=v", f"seed={i}"], lr=1e-3)
+        write_curves(folder, {"train/loss": loss})
+    write_frontier_table(tmp_path / "0_x" / "frontier" / "k")
+    table = tmp_path / "0_x" / "frontier" / "k" / "table.csv"
+    with table.open() as file:
+        lines = list(csv.DictReader(file))
+    with table.open("w") as file:
+        writer = csv.DictWriter(file, lines[0])
+        writer.writeheader()
+        writer.writerows(line | {"value": "nan"} for line in lines)
+    page = Page(driver, written(jobs_of(tmp_path), tmp_path / "page.html"))
+    page.see("curves")
+    marks = page.js("return document.getElementById('curve').data.filter(t => t.marker?.symbol === 'x')[0].text")
+    assert [text.partition("<br>")[2] for text in marks] == ["not finite at step 10"]
+    assert "of 1 of the runs that are shown no value of this is finite" in page.find("#meaning").text
+    page.see("frontier")
+    assert "no point of it has finite numbers" in page.find("#front").text
+    best = "return [...document.querySelectorAll('td.best span.value')].map(e => getComputedStyle(e).fontWeight)"
+    assert page.js(best) == ["700"]
     assert page.complaints() == []
 
 
@@ -518,38 +572,47 @@ def test_two_hundred_runs_of_a_thousand_points_stay_responsive(driver, tmp_path,
     page = Page(driver, tmp_path / "page.html")
     page.until(lambda: page.js("return document.querySelectorAll('#table tbody tr').length === 200"))
     page.see("curves")
-    page.until(lambda: page.drawn("curve") == 200)
-    first = page.timed(
-        "const m = document.getElementById('metric'); m.value = 'train/loss'; m.dispatchEvent(new Event('change'))"
-    )
-    hover = page.timed("Plotly.Fx.hover('curve', {xval: 5000, yval: 0.5}, 'xy')")
-    assert page.js("return document.querySelector('#curve .hovertext') !== null")
-    toggle = page.timed("document.querySelector('#legend [data-run=\"5\"]').click()")
-    assert page.drawn("curve") == 199
-    log = page.timed("document.getElementById('logy').click()")
-    smoothing = page.timed(
-        "const s = document.getElementById('smoothing'); s.value = 0.9; s.dispatchEvent(new Event('input'))"
-    )
-    filtered = page.timed(
-        "const f = document.getElementById('filter'); f.value = 'objective=v lr=0.001'; f.dispatchEvent(new Event('input'))"
-    )
-    assert page.drawn("curve") == len(names(page)) == 17
-    sort = page.timed("document.querySelector('th[data-column=\"number:fd_digits_2k\"] button').click()")
-    page.see("parallel")
+    page.until(lambda: page.drawn("curve") == 200, 30)
+    slow = [page.slowness()]
+
+    def quickest(*scripts):
+        """The best time of some changes of one kind: what else the machine does now and then is not the page's."""
+        times = [page.timed(script) for script in scripts]
+        slow.append(page.slowness())
+        return min(times)
+
+    def given(element, value, event):
+        return f"const e = document.getElementById('{element}'); e.value = '{value}'; e.dispatchEvent(new Event('{event}'))"
+
     figures = {
         "open": page.seconds,
-        "new metric": first,
-        "hover": hover,
-        "toggle": toggle,
-        "log": log,
-        "smooth": smoothing,
-        "filter": filtered,
-        "sort": sort,
+        "new metric": quickest(*(given("metric", f"train/{name}", "change") for name in ("seconds", "loss"))),
+        "hover": quickest(*(f"Plotly.Fx.hover('curve', {{xval: {x}, yval: 0.5}}, 'xy')" for x in (2000, 8000, 5000))),
     }
+    assert page.js("return document.querySelector('#curve .hovertext') !== null")
+    figures["toggle"] = quickest(*(f"document.querySelector('#legend [data-run=\"{i}\"]').click()" for i in (4, 5, 6)))
+    assert page.drawn("curve") == 197
+    figures["log"] = quickest(*["document.getElementById('logy').click()"] * 3)
+    figures["smooth"] = quickest(given("smoothing", 0.5, "input"), given("smoothing", 0.9, "input"))
+    words = ("objective=v", "lr=0.001", "objective=v lr=0.001")
+    figures["filter"] = quickest(*(given("filter", some, "input") for some in words))
+    assert len(names(page)) == 17
+    assert page.drawn("curve") == len(names(page)) - 1  # one of them was toggled off
+    page.set("#filter", "")
+    figures["sort"] = quickest(
+        *["document.querySelector('th[data-column=\"number:fd_digits_2k\"] button').click()"] * 3
+    )
+    page.see("parallel")
     with capsys.disabled():
         told = ", ".join(f"{name} {value:.2f} s" for name, value in figures.items())
-        print(f"\n200 runs x 1,000 points x 13 curves: gathered in {gathered:.1f} s, {size / 1e6:.1f} MB; {told}")
+        print(
+            f"\n200 runs x 1,000 points x 13 curves: gathered in {gathered:.1f} s, {size / 1e6:.1f} MB; {told}; "
+            f"the machine {max(slow):.1f} times slower than a quiet one"
+        )
     assert size < 60e6
-    generous = 5 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # of a machine that others use as well
-    assert max(figures.values()) < generous
+    bounds = {"open": 30.0, "new metric": 6.0, "log": 5.0, "smooth": 5.0} | dict.fromkeys(
+        ("hover", "toggle", "filter", "sort"), 1.5
+    )
+    too_long = {name: value for name, value in figures.items() if value > bounds[name] * max(slow)}
+    assert not too_long, f"on a machine that is {max(slow):.1f} times slower than a quiet one"
     assert page.complaints() == []

@@ -59,7 +59,9 @@ def dashboard(options: dict[str, Any], choices: dict[str, str], overrides: list[
     }
     _write(output, content)
     panels = sum(len(section.panels) for section in board.sections)
-    print(f"{output}: {panels} panels of {board.sweep or project}, as a workspace and as a report")
+    print(f"{output}: {panels} panels of {board.sweep or board.title}, as a workspace and as a report")
+    if board.ids is not None and (missing := len(runs) - len(board.ids)):
+        print(f"{missing} of {len(runs)} runs have never been at W&B: sync.py sends them, then call this again")
     if account is None:
         print("not saved at W&B: " + ("not logged in, or offline; wandb login" if options["save"] else "save=false"))
         return
@@ -77,6 +79,7 @@ def _board(options: dict[str, Any], runs: list[Path], project: str) -> Any:
     from denoiselab.reports.dashboard import (
         COLUMNS,
         choose_metric,
+        ids_of,
         is_falling,
         logged_keys,
         make_board,
@@ -87,6 +90,7 @@ def _board(options: dict[str, Any], runs: list[Path], project: str) -> Any:
     sweep = next((run.parent for run in runs if (run.parent / SWEEP).exists()), None)
     if len({run.parent for run in runs}) != 1:
         sweep = None
+    ids = ids_of(runs) if runs and sweep is None else None
     metric, falling = choose_metric(runs, sweep, logged)
     if options["metric"] is not None:
         metric = options["metric"]
@@ -101,7 +105,8 @@ def _board(options: dict[str, Any], runs: list[Path], project: str) -> Any:
         falling = is_falling(metric)
     columns = varying_columns(runs) if runs else list(COLUMNS)
     title = options["title"] or (sweep.name if sweep is not None else f"{project}: runs")
-    return make_board(title, None if sweep is None else sweep.name, logged, metric, columns, falling=falling)
+    name = None if sweep is None else sweep.name
+    return make_board(title, name, logged, metric, columns, falling=falling, ids=ids)
 
 
 def _output(options: dict[str, Any], runs: list[Path]) -> Path:

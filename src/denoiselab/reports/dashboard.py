@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from denoiselab.runs.changes import UNSAID, below
-from denoiselab.runs.folder import CONFIG, read_json
+from denoiselab.runs.folder import COMMAND, CONFIG, ID, read_json, read_small
 from denoiselab.runs.sweep_folder import JOB, SWEEP
 from denoiselab.training.history import METRICS, read_rows
 from denoiselab.training.monitor import SECONDS, bin_names
@@ -87,13 +87,15 @@ class Board:
 
     Args:
         title: of it.
-        sweep: the name of the sweep's folder; None: all runs of the project.
+        sweep: the name of the sweep's folder; None: it is of no sweep.
         sections: in their order.
+        ids: of its runs at W&B, where it is of no sweep; None: all runs of the project.
     """
 
     title: str
     sweep: str | None
     sections: tuple[Section, ...]
+    ids: tuple[str, ...] | None = None
 
     def keys(self) -> set[str]:
         """All numbers and pictures that it shows, and those that it shows them against."""
@@ -103,7 +105,14 @@ class Board:
 
 
 def make_board(
-    title: str, sweep: str | None, logged: Iterable[str], metric: str, columns: Sequence[str], *, falling: bool
+    title: str,
+    sweep: str | None,
+    logged: Iterable[str],
+    metric: str,
+    columns: Sequence[str],
+    *,
+    falling: bool,
+    ids: Sequence[str] | None = None,
 ) -> Board:
     """The dashboard of runs.
 
@@ -114,6 +123,7 @@ def make_board(
         metric: the key of the number that counts most.
         columns: dotted keys of the config in which runs differ.
         falling: whether less of the metric is better.
+        ids: of the runs at W&B, if it is of some that are no sweep.
     """
     known = list(dict.fromkeys(logged))
     floor = (f"{metric}_real",) if f"{metric}_real" in known else ()
@@ -155,7 +165,8 @@ def make_board(
     sections = {"Quality": quality, "Samples": samples, "Noise levels": noise, "Training": training}
     sections |= {"Throughput": speed, "Sweep" if sweep else "Runs": runs}
     shown = {name: tuple(p for p in panels if p.keys or p.kind == "differences") for name, panels in sections.items()}
-    return Board(title, sweep, tuple(Section(name, panels) for name, panels in shown.items() if panels))
+    made = tuple(Section(name, panels) for name, panels in shown.items() if panels)
+    return Board(title, sweep, made, None if ids is None else tuple(ids))
 
 
 def logged_keys(runs: Sequence[Path]) -> list[str]:
@@ -203,19 +214,23 @@ def is_falling(metric: str) -> bool:
 
 
 def varying_columns(runs: Sequence[Path]) -> list[str]:
-    """The keys of the config in which the jobs of a sweep differ; choices of groups are below "choices"."""
-    values: dict[str, set[str]] = {}
+    """The keys of the config in which the commands of runs or jobs differ; choices of groups are below "choices"."""
+    told: list[dict[str, str]] = []
     groups: set[str] = set()
     for run in runs:
-        job = _dict(run / JOB)
-        choices, overrides = job.get("choices"), job.get("overrides")
+        command = _dict(run / JOB) or _dict(run / COMMAND)
+        choices, overrides = command.get("choices"), command.get("overrides")
         groups |= set(choices) if isinstance(choices, dict) else set()
-        for override in overrides if isinstance(overrides, list) else []:
-            key, equals, value = str(override).lstrip("+~").partition("=")
-            if equals and not below(key, (*UNSAID, "logger", "hydra")):
-                values.setdefault(key, set()).add(value)
-    names = [key for key, found in values.items() if len(found) > 1]
+        pairs = [str(o).lstrip("+~").partition("=") for o in overrides] if isinstance(overrides, list) else []
+        told.append({key: value for key, equals, value in pairs if equals})
+    keys = dict.fromkeys(key for some in told for key in some if not below(key, (*UNSAID, "logger", "hydra")))
+    names = [key for key in keys if len({some.get(key) for some in told}) > 1]
     return [f"choices.{name}" if name in groups else name for name in names] or list(COLUMNS)
+
+
+def ids_of(runs: Sequence[Path]) -> list[str]:
+    """What W&B knows runs by; one that it has not seen has no id yet."""
+    return [read_small(run / ID, 1000).decode(errors="replace").strip() for run in runs if (run / ID).exists()]
 
 
 def where_logged(runs: Sequence[Path]) -> tuple[str | None, str | None]:

@@ -20,7 +20,7 @@ WIDE, NARROW, HEIGHT = 12, 8, 7  # of a report's 24 columns
 
 
 def workspace(board: Board, entity: str, project: str) -> ws.Workspace:
-    """A workspace: a section of panels after the other, of the runs of a sweep or of all."""
+    """A workspace: a section of panels after the other, of the runs of a sweep, of those that were named, or of all."""
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -70,8 +70,10 @@ def save(made: ws.Workspace | wr.Report, known: dict[str, str]) -> dict[str, str
 
 
 def _filters(board: Board) -> Any:
-    """The runs of the sweep; W&B keeps each entry of a config below "value", and its own filters say so."""
-    return "" if board.sweep is None else expr.And(expr.Config(f"{SWEEP_KEY}.value") == board.sweep)
+    """The runs of the sweep, or those that were named."""
+    if board.sweep is not None:  # W&B keeps each entry of a config below "value", and its own filters say so
+        return expr.And(expr.Config(f"{SWEEP_KEY}.value") == board.sweep)
+    return "" if board.ids is None else expr.And(expr.Metric("ID").isin(list(board.ids)))
 
 
 def _section(section: Section) -> ws.Section:

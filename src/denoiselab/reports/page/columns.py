@@ -27,6 +27,7 @@ from denoiselab.reports.page.folders import LONGEST, FolderRun
 # Of an override: what says where a run lies or who sees it, and not what it is
 OF_THE_RUN = ("name", "run", "runs", "resume", "allow", "trust", "logger", "hydra")
 LOSSES = ("train/loss", "val/x0_mse", "val/epsilon_mse")
+SAMPLING = ("sampler", "guidance")  # nodes of a protocol by which a sweep's numbers may differ and still be compared
 # What a loss means: of the training loss, whatever decides its target and weight; of the others, the noise levels; the data
 TRAINED_ON, VALIDATED_ON, DATA = ("objective", "codec"), ("callbacks.validation", "codec"), "datamodule"
 
@@ -41,6 +42,7 @@ class Column:
         kinds: for each run a letter; runs of unlike letters must not be compared. "" where the run has no such number.
         unlike: what differs between the letters, one line; "" if nothing does.
         values: for each run; None where it has none.
+        varied: the overrides by which the protocols differ and that are compared nevertheless, as the runs were told them.
     """
 
     name: str
@@ -48,12 +50,14 @@ class Column:
     kinds: list[str]
     unlike: str
     values: list[float | None]
+    varied: tuple[str, ...] = ()
 
     def described(self) -> dict[str, Any]:
         """For the page."""
         values = [value if value is None or math.isfinite(value) else str(value) for value in self.values]
         kinds = self.kinds if self.unlike else None
-        return {"name": self.name, "better": self.better, "kinds": kinds, "unlike": self.unlike, "values": values}
+        said = {"unlike": self.unlike, "varied": list(self.varied)}
+        return {"name": self.name, "better": self.better, "kinds": kinds, "values": values} | said
 
 
 def telling(runs: Sequence[FolderRun]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -106,22 +110,30 @@ def number_columns(runs: Sequence[FolderRun]) -> tuple[list[Column], dict[str, l
             for name, number in measured.numbers.items():
                 title = f"{name} ({measured.weights})" if j else name
                 found.setdefault(title, [None] * len(runs))[i] = number
-    return [_column(title, numbers, runs) for title, numbers in found.items()], found
+    swept = _swept(runs)
+    return [_column(title, numbers, runs, swept) for title, numbers in found.items()], found
 
 
-def _column(title: str, numbers: Sequence[Number | None], runs: Sequence[FolderRun]) -> Column:
-    kinds = _letters([None if n is None else json.dumps(like(n.protocol), sort_keys=True) for n in numbers])
+def _swept(runs: Sequence[FolderRun]) -> list[str]:
+    """The overrides in which runs differ on purpose, of how their samples are made."""
+    keys = dict.fromkeys(key for run in runs for key in run.typed)
+    dotted = {key: key.replace("/", ".") for key in keys if len({run.typed.get(key) for run in runs}) > 1}
+    return [name for name in dotted.values() if covered(name, SAMPLING)]
+
+
+def _column(title: str, numbers: Sequence[Number | None], runs: Sequence[FolderRun], swept: Sequence[str]) -> Column:
+    have = [(run, number) for run, number in zip(runs, numbers, strict=True) if number is not None]
+    leaves = [flatten(number.protocol) for _, number in have]
+    differing = {key for some in leaves for key in some if len({other.get(key) for other in leaves}) > 1}
+    vary = [name for name in swept if any(covered(key, [name]) for key in differing)]
+    kinds = _letters([None if n is None else json.dumps(like(n.protocol, vary), sort_keys=True) for n in numbers])
     unlike = ""
     try:
-        measured = [
-            replace(run.measured[0], numbers={title: number})
-            for run, number in zip(runs, numbers, strict=True)
-            if number is not None
-        ]
-        check_protocols(measured, ())
+        check_protocols([replace(run.measured[0], numbers={title: number}) for run, number in have], vary)
     except UnlikeError as error:
         unlike = str(error).partition("; compare like")[0]
-    return Column(title, better(title), kinds, unlike, [None if n is None else n.value for n in numbers])
+    values = [None if n is None else n.value for n in numbers]
+    return Column(title, better(title), kinds, unlike, values, tuple(vary))
 
 
 def better(name: str) -> str:

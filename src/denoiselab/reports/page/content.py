@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class Limits:
     Args:
         points: of a curve.
         picture_bytes: of all sample grids.
-        curves: patterns of names; None: all.
+        curves: patterns of the names that are drawn; None: all.
     """
 
     points: int
@@ -53,7 +54,7 @@ def gather(folders: Sequence[Path], limits: Limits) -> dict[str, Any]:
     curves: list[dict[str, Curve]] = []
     for run in runs:
         try:
-            found = read_curves(run.path, limits.curves)
+            found = read_curves(run.path)
         except ValueError as error:
             found = {}
             notes.append(f"{error}; left out")
@@ -63,9 +64,16 @@ def gather(folders: Sequence[Path], limits: Limits) -> dict[str, Any]:
     chosen, left_out = within_budget([find_pictures(run.path) for run in runs], limits.picture_bytes)
     page = redact(_described(runs, curves, told[0] if len(told) == 1 == len(sweeps) else None))
     packer = Packer()
-    for entry, some, pictures in zip(page["runs"], curves, chosen, strict=True):
+    drawn = [{name: curve for name, curve in some.items() if _wanted(name, limits.curves)} for some in curves]
+    long = sum(len(curve.steps) > limits.points for some in drawn for curve in some.values())
+    if long:
+        notes.append(
+            f"{long:,} of {sum(map(len, drawn)):,} curves are thinned, max_points={limits.points}: of each stretch the least "
+            "and the largest value are kept, and it is these that are smoothed"
+        )
+    for entry, some, wanted, pictures in zip(page["runs"], curves, drawn, chosen, strict=True):
         timed = clock(some)
-        entry["curves"] = {name: packer.pack(thinned(curve, limits.points)) for name, curve in some.items()}
+        entry["curves"] = {name: packer.pack(thinned(curve, limits.points)) for name, curve in wanted.items()}
         entry["clock"] = packer.pack(thinned(timed, limits.points)) if timed else None
         entry["pictures"] = {kind: kept for kind, series in pictures.items() if (kept := embedded(series))}
     return page | {"steps": packer.steps, "notes": redact([*notes, *left_out])}
@@ -97,7 +105,7 @@ def _described(runs: Sequence[FolderRun], curves: Sequence[Mapping[str, Curve]],
                 "state": run.state,
                 "cause": run.cause,
                 "log": run.log,
-                "facts": run.facts | _where_it_broke(some),
+                "facts": run.facts | _facts(run, some),
                 "overrides": run.measured[0].overrides,
                 "config": leaves,
                 "frontiers": _frontiers(run.path),
@@ -127,6 +135,10 @@ def _leaves(run: FolderRun) -> dict[str, Any]:
     return leaves | {f"versions.{key}": plain(value) for key, value in run.versions.items()}
 
 
+def _wanted(name: str, patterns: Sequence[str] | None) -> bool:
+    return patterns is None or any(fnmatch(name, pattern) for pattern in patterns)
+
+
 def _beside(name: str, names: Mapping[str, Any]) -> bool:
     return any(name.endswith(end) and name.removesuffix(end) in names for end in BESIDE)
 
@@ -142,14 +154,19 @@ def _curve_of(column: str) -> str:
     return f"metrics_{weights}/{name}" if weights else f"metrics/{name}"
 
 
-def _where_it_broke(curves: Mapping[str, Curve]) -> dict[str, Any]:
-    """The step from which on the training loss was no number, if it ever was none; the newest step."""
-    last = max((curve.steps[-1] for curve in curves.values()), default=None)
-    facts = {} if last is None else {"last_step": int(last)}
+def _facts(run: FolderRun, curves: Mapping[str, Curve]) -> dict[str, Any]:
+    """What curves know better: how far a run has come, for how long it has trained, and where its loss was no number."""
+    facts: dict[str, Any] = {}
+    last = max((int(curve.steps[-1]) for curve in curves.values()), default=None)
+    told = run.facts.get("steps")
+    if last is not None and (not isinstance(told, int) or (run.state == "running" and last > told)):
+        facts["steps"] = last  # what is told is of the attempt before
+    if timed := clock(curves):
+        facts["seconds"] = float(timed.values[-1])  # of all starts
     loss = curves.get("train/loss")
-    if loss is None or np.isfinite(loss.values).all():
-        return facts
-    return facts | {"not_finite": int(loss.steps[np.argmin(np.isfinite(loss.values))])}
+    if loss is not None and not np.isfinite(loss.values).all():
+        facts["not_finite"] = int(loss.steps[np.argmin(np.isfinite(loss.values))])
+    return facts
 
 
 def _protocols(numbers: Mapping[str, Sequence[Number | None]]) -> tuple[dict[str, Any], dict[str, list[Any]]]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,11 @@ class Curve:
     values: Values
 
 
-def read_curves(folder: Path, patterns: Sequence[str] | None = None) -> dict[str, Curve]:
+def read_curves(folder: Path) -> dict[str, Curve]:
     """The columns of a run's metrics.csv by name, as far as they hold numbers.
 
     Args:
         folder: of the run.
-        patterns: of the names that are wanted; None takes all.
 
     Raises:
         ConfigError: if the file cannot be read.
@@ -49,8 +47,7 @@ def read_curves(folder: Path, patterns: Sequence[str] | None = None) -> dict[str
             if text == "" or name == "step":
                 continue
             if name not in wanted:
-                plain = len(name) <= LONGEST_NAME and name.isprintable()
-                wanted[name] = plain and (patterns is None or any(fnmatch(name, pattern) for pattern in patterns))
+                wanted[name] = len(name) <= LONGEST_NAME and name.isprintable()
             if wanted[name]:
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(step)
@@ -82,12 +79,16 @@ def thinned(curve: Curve, limit: int) -> Curve:
 
 
 def clock(curves: Mapping[str, Curve]) -> Curve | None:
-    """Seconds of training by step, over all starts of a run; None where that is not known."""
+    """Seconds of training by step, over all starts of a run, from its beginning; None where that is not known.
+
+    A run that goes on from another one's weights begins at their step: as long before its first row as the next one is after.
+    """
     seconds = curves.get(SECONDS)
-    if seconds is None:
+    if seconds is None or not (good := np.isfinite(seconds.values)).any():
         return None
-    good = np.isfinite(seconds.values)
-    return Curve(seconds.steps[good], seconds.values[good]) if good.any() else None
+    steps, values = seconds.steps[good], seconds.values[good]
+    begun = max(0.0, steps[0] - (steps[1] - steps[0])) if len(steps) > 1 else 0.0
+    return Curve(np.array([begun, *steps]), np.array([0.0, *values]))
 
 
 class Packer:

@@ -10,7 +10,8 @@ function startCurves() {
   }
   const asked = DATA.sweep?.metric;
   const grows = (name) => METRICS.includes(name) && RUNS.some((_, i) => curve(i, name)?.values.length > 1);
-  const first = [asked, `metrics/${asked}`, "val/x0_mse", "train/loss"].find(grows);
+  const good = [asked, `metrics/${asked}`, "val/x0_mse", "train/loss"];
+  const first = good.find(grows) ?? good.find((name) => METRICS.includes(name));
   fill(
     byId("metric"),
     METRICS.map((name) => [name, name, name.includes("/") ? name.slice(0, name.lastIndexOf("/")) : ""]),
@@ -62,6 +63,7 @@ function paintCurves() {
   const factor = Number(byId("smoothing").value);
   const traces = [];
   const of = [];
+  let never = 0;
   const broken = { x: [], y: [], text: [], color: [] };
   const unit = time ? "%{x:.4~g} s" : "step %{x:,}";
   const hover = `<b>%{fullData.name}</b><br>${unit}: %{y:.6~g}<extra></extra>`;
@@ -97,9 +99,11 @@ function paintCurves() {
     });
     of.push(i);
     const bad = found.values.findIndex((value) => !Number.isFinite(value));
-    if (bad >= 0) {
-      broken.x.push(x[Math.max(0, bad - 1)]);
-      broken.y.push(bad ? y[bad - 1] : null);
+    const near = bad > 0 ? bad - 1 : found.values.findIndex(Number.isFinite); // where a mark can be
+    if (bad >= 0 && near < 0) never++;
+    if (bad >= 0 && near >= 0) {
+      broken.x.push(x[near]);
+      broken.y.push(y[near]);
       broken.text.push(`${name}<br>not finite at step ${show(found.steps[bad])}`);
       broken.color.push(line.color);
     }
@@ -128,18 +132,7 @@ function paintCurves() {
       }),
       yaxis: axis({ title: { text: plain(S.metric) }, type: logs[1] ? "log" : "linear" }),
       uirevision: [S.metric, time, ...logs].join(), // toggling a run keeps the zoom
-      annotations: traces.length
-        ? []
-        : [
-            {
-              text: runs.length ? "no run that is shown has logged this" : "no run is shown",
-              showarrow: false,
-              xref: "paper",
-              yref: "paper",
-              x: 0.5,
-              y: 0.5,
-            },
-          ],
+      annotations: traces.length ? [] : [remark(runs.length ? "no run that is shown has logged this" : "no run is shown")],
     }),
     of,
   );
@@ -148,8 +141,9 @@ function paintCurves() {
       ? `≠ ${DATA.unlike[S.metric]}. These curves are not to be compared as they stand.`
       : "",
     without && traces.length
-      ? `${without} of the runs that are shown ${without === 1 ? "has" : "have"} not logged this.`
+      ? `${without} of the runs that are shown ${without === 1 ? "has" : "have"} not logged ${time ? "this, or not its seconds" : "this"}.`
       : "",
+    never ? `✗ of ${never} of the runs that are shown no value of this is finite.` : "",
   ].filter(Boolean);
   byId("meaning").textContent = said.join(" ");
   byId("meaning").hidden = !said.length;

@@ -27,7 +27,7 @@ function curve(i, metric) {
   return unpacked.get(key);
 }
 
-// Seconds of training at given steps, between the steps at which the throughput was logged.
+// Seconds of training at given steps, between the steps at which they were logged.
 function seconds(i, at) {
   const packed = RUNS[i].clock;
   if (!packed) return null;
@@ -36,10 +36,9 @@ function seconds(i, at) {
   const found = new Float64Array(at.length);
   let k = 0;
   for (let j = 0; j < at.length; j++) {
-    while (k < known.length - 1 && known[k] < at[j]) k++;
-    const from = k ? known[k - 1] : 0;
-    const began = k ? time[k - 1] : 0;
-    found[j] = began + ((time[k] - began) * (at[j] - from)) / (known[k] - from);
+    while (k < known.length - 2 && known[k + 1] < at[j]) k++;
+    const speed = (time[k + 1] - time[k]) / (known[k + 1] - known[k]);
+    found[j] = Math.max(0, time[k] + speed * (at[j] - known[k]));
   }
   return found;
 }
@@ -72,6 +71,16 @@ function valueOf(i, what) {
   const [group, name] = [what.slice(0, what.indexOf(":")), what.slice(what.indexOf(":") + 1)];
   if (group === "number") return COLUMNS.get(name)?.values[i] ?? null;
   return DATA.varying.find((column) => column.key === name)?.values[i] ?? null;
+}
+
+// Items by what `key` says of each, in the order in which they come.
+function grouped(items, key) {
+  const found = new Map();
+  for (const item of items) {
+    if (!found.has(key(item))) found.set(key(item), []);
+    found.get(key(item)).push(item);
+  }
+  return found;
 }
 
 function isNumber(value) {

@@ -28,7 +28,7 @@ function paintDifferences() {
   const one = RUNS.length < 2;
   byId("same").textContent = one
     ? RUNS[0].overrides.join(" ")
-    : `${differing.size} of ${keys.length} keys differ, versions of packages among them.`;
+    : `${differing.size} of ${keys.length} keys differ; the versions of packages are keys as well.`;
   const cell = (config, key) =>
     make("td", { class: "mono" }, !config.has(key) ? "–" : config.get(key) === null ? "null" : String(config.get(key)));
   const heads = ["key", ...pair.slice(0, one ? 1 : 2).map(title)];
@@ -51,7 +51,7 @@ function paintDifferences() {
 function startCauses() {
   const bad = ALL.filter((i) => RUNS[i].state === "failed");
   byId("attention").hidden = !bad.length;
-  const groups = Map.groupBy(bad, (i) => RUNS[i].cause || "no cause was written");
+  const groups = grouped(bad, (i) => RUNS[i].cause || "no cause was written");
   byId("causes").append(
     ...[...groups].map(([cause, runs]) => {
       const places = runs.map((i) =>

@@ -22,9 +22,20 @@ const COSTS = [
   { key: "seconds", mark: "front_seconds", unit: 1000, text: "milliseconds per image", x: "x2", y: "y2" },
 ];
 
+// Ticks of a logarithmic axis, from a decade below its values to one above them; fewer a decade where it is long.
+function ticksOf(low, high) {
+  const digits = high / low > 15 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 6, 8];
+  const [first, last] = [Math.floor(Math.log10(low)) - 1, Math.ceil(Math.log10(high)) + 1];
+  return Array.from({ length: last - first + 1 }, (_, k) => digits.map((d) => d * 10 ** (first + k))).flat();
+}
+
 function paintFrontier() {
   const { points, metric } = FRONTIERS[Number(byId("which").value)];
   const good = points.filter((point) => [point.nfe, point.seconds, point.value].every(isNumber));
+  if (!good.length) {
+    plot("front", [], layout({ annotations: [remark("no point of it has finite numbers")] }), []);
+    return;
+  }
   const samplers = [...new Set(good.map((point) => point.sampler))];
   const scales = [...new Set(good.map((point) => point.scale))].sort((a, b) => a - b);
   const traces = [];
@@ -39,23 +50,21 @@ function paintFrontier() {
     ...range,
     title: { text: plain(metric) },
     tickformat: "~g",
-    dtick: !positive ? undefined : high / low > 15 ? "D2" : "D1",
+    tickvals: positive ? ticksOf(low, high) : undefined,
   });
+  const costs = (cost) => {
+    const spent = good.map((point) => point[cost.key]);
+    const tickvals = ticksOf(Math.min(...spent) * cost.unit, Math.max(...spent) * cost.unit);
+    return { type: "log", tickvals, tickformat: "~g", title: { text: cost.text } };
+  };
   for (const cost of COSTS)
     traces.push(...linesOf(good, cost, samplers, scales, positive ? low / 100 : -Infinity), ...frontOf(good, cost));
   plot(
     "front",
     traces,
     layout({
-      xaxis: axis({ type: "log", dtick: "D2", tickformat: "~g", domain: [0, 0.47], title: { text: COSTS[0].text } }),
-      xaxis2: axis({
-        type: "log",
-        dtick: "D2",
-        tickformat: "~g",
-        domain: [0.53, 1],
-        title: { text: COSTS[1].text },
-        anchor: "y2",
-      }),
+      xaxis: axis({ ...costs(COSTS[0]), domain: [0, 0.47] }),
+      xaxis2: axis({ ...costs(COSTS[1]), domain: [0.53, 1], anchor: "y2" }),
       yaxis: y,
       yaxis2: { ...y, matches: "y", anchor: "x2", title: { text: "" } },
       showlegend: true,

@@ -51,7 +51,7 @@ function paintParallel() {
   const column = COLUMNS.get(byId("target").value);
   const some = shown().filter((i) => isNumber(column.values[i]));
   // Of numbers that must not be compared, those of the kind that most runs have
-  const kinds = [...Map.groupBy(some, (i) => kind(column, i)).values()].sort((a, b) => b.length - a.length);
+  const kinds = [...grouped(some, (i) => kind(column, i)).values()].sort((a, b) => b.length - a.length);
   const runs = kinds[0] ?? [];
   const differing = DATA.varying.filter((one) => new Set(runs.map((i) => one.values[i])).size > 1);
   const axes = differing.slice(0, MOST_AXES - 1).map((one) => ({ name: one.name, values: one.values }));
@@ -85,7 +85,6 @@ function paintParallel() {
       xshift: k === axes.length - 1 ? 7 : -7,
       font: { size: 11, color: color("quiet") },
       bgcolor: color("card"),
-      opacity: 0.85,
     })),
   );
   plot(

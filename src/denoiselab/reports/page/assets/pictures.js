@@ -55,7 +55,7 @@ function startPictures() {
 // The picture of a run at a step: the newest one up to it; null where there is none yet.
 function pictureAt(i, name, step) {
   const series = Object.hasOwn(RUNS[i].pictures, name) ? RUNS[i].pictures[name] : [];
-  return series.findLast(([at]) => at <= step) ?? null;
+  return series.filter(([at]) => at <= step).at(-1) ?? null;
 }
 
 function half(side, i, name) {

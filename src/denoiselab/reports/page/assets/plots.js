@@ -41,6 +41,11 @@ function layout(more = {}) {
   };
 }
 
+// What stands in a plot that has nothing to show.
+function remark(text) {
+  return { text, showarrow: false, xref: "paper", yref: "paper", x: 0.5, y: 0.5 };
+}
+
 // Draw; `runs` says which run each trace is of, null for none.
 function plot(id, traces, how, runs) {
   const place = byId(id);

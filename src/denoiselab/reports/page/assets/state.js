@@ -71,7 +71,8 @@ function recolour() {
     colours = { of: hue, dash: (i) => DASHES[Math.floor(i / 8) % DASHES.length], scale: null };
     return;
   }
-  const values = ALL.map((i) => valueOf(i, S.colour));
+  const measured = S.colour.startsWith("number:"); // of a run that diverged such a value is the text "nan"
+  const values = ALL.map((i) => valueOf(i, S.colour)).map((value) => (measured && !isNumber(value) ? null : value));
   const solid = () => "solid";
   const grey = color("quiet");
   if (values.some((value) => value !== null) && values.every((value) => value === null || isNumber(value))) {

@@ -37,18 +37,13 @@ function tableColumns() {
       cell: (i) => make("span", { class: "cut" }, show(column.values[i])),
     })),
     ...DATA.columns.filter((column) => wanted.has(column.name)).map(numberColumn),
-    { id: "steps", text: "steps", numeric: true, value: lastStep, cell: (i) => show(lastStep(i)) },
+    fact("steps", "steps"),
     fact("seconds", "time", duration),
     ...(RUNS.some((run) => run.facts.attempts > 1) ? [fact("attempts", "attempts")] : []),
     ...(seen("wandb")
       ? [{ ...fact("wandb", "W&B id"), cell: (i) => make("span", { class: "mono" }, RUNS[i].facts.wandb ?? "–") }]
       : []),
   ];
-}
-
-function lastStep(i) {
-  const { facts } = RUNS[i];
-  return facts.steps ?? facts.last_step ?? null;
 }
 
 function stateCell(i) {
@@ -70,7 +65,7 @@ function numberColumn(column) {
     const letter = kind(column, i);
     const parts = [show(column.values[i]), letter ? make("span", { class: "kind" }, letter) : null];
     // By keyboard the records are reached through "Protocols": a stop at each number would be hundreds.
-    if (!DATA.records[column.name]?.[i]) return make("span", {}, ...parts);
+    if (!DATA.records[column.name]?.[i]) return make("span", { class: "value" }, ...parts);
     return make(
       "button",
       {
@@ -88,6 +83,7 @@ function numberColumn(column) {
     text: column.name,
     numeric: true,
     unlike: column.unlike,
+    varied: column.varied,
     hint: column.unlike || { low: "smaller is better", high: "larger is better", "": "" }[column.better],
     value: (i) => column.values[i],
     group: (i) => kind(column, i),
@@ -96,17 +92,18 @@ function numberColumn(column) {
   };
 }
 
-// The best run among those that may be compared, for each kind of at least two.
+// The best runs among those that may be compared, unless all are as good.
 function bestOf(column) {
   const found = new Set();
   if (!column.better) return found;
-  const groups = Map.groupBy(
+  const groups = grouped(
     ALL.filter((i) => isNumber(column.values[i])),
     (i) => kind(column, i),
   );
   for (const runs of groups.values()) {
     const end = Math[column.better === "low" ? "min" : "max"](...runs.map((i) => column.values[i]));
-    if (runs.length > 1) runs.filter((i) => column.values[i] === end).forEach((i) => found.add(i));
+    const first = runs.filter((i) => column.values[i] === end);
+    if (first.length < runs.length) first.forEach((i) => found.add(i));
   }
   return found;
 }
@@ -151,12 +148,23 @@ function buildTable() {
   body.append(...order.map((i) => rows.get(i)));
   byId("table").replaceChildren(head, body);
   const apart = columns.filter((column) => column.unlike);
-  const reasons = Map.groupBy(apart, (column) => column.unlike.slice(column.text.length));
+  const varied = grouped(
+    columns.filter((column) => column.varied?.length),
+    (column) => column.varied.join(", "),
+  );
+  const reasons = grouped(apart, (column) => column.unlike.slice(column.text.length));
   byId("unlike").replaceChildren(
     ...[...reasons].map(([reason, some]) =>
       make("li", {}, `≠ ${some.map((column) => column.text).join(", ")}${reason}.`),
     ),
     ...(apart.length ? [make("li", {}, "Only numbers with the same letter may be compared.")] : []),
+    ...[...varied].map(([keys, some]) =>
+      make(
+        "li",
+        { class: "quiet" },
+        `${some.map((column) => column.text).join(", ")}: measured in unlike ways on purpose, as overrides vary ${keys}.`,
+      ),
+    ),
   );
   showRows();
 }
