@@ -25,6 +25,7 @@ from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.secrets import redact
 
 CONFIG, COMMAND, VERSIONS, SUMMARY = "config.json", "command.json", "versions.json", "summary.json"
+DATA = "data.json"  # which files a set is made of, where single ones may break
 ID = "id"  # of the run, in W&B for example: kept, so that a resumed run is the same one
 LOCK, WRITING = ".lock", ".writing"  # held by the process that was started, and by that of rank 0
 SENDING = ".sending"  # held by the process that sends the run to W&B
