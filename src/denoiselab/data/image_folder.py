@@ -34,12 +34,13 @@ class File(NamedTuple):
     label: int
 
 
-def list_images(root: Path, below: str) -> list[str]:
-    """The image files in the subfolder `below` of root, hidden ones left out: sorted, relative to root.
+def list_images(root: Path, below: str) -> tuple[list[str], list[str]]:
+    """The files in the subfolder `below` of root, hidden ones left out: sorted, relative to root; images, then all others.
 
     Links to folders are followed, but no folder is gone into twice: a link may lead back to where it is.
     """
     names: list[str] = []
+    others: list[str] = []
     seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(root / below, followlinks=True):
         here = os.stat(parent)
@@ -48,12 +49,17 @@ def list_images(root: Path, below: str) -> list[str]:
             continue
         seen.add((here.st_dev, here.st_ino))
         folders[:] = sorted(f for f in folders if not f.startswith("."))  # in an order that is the same everywhere
-        names += [
-            (Path(parent) / f).relative_to(root).as_posix()
-            for f in files
-            if not f.startswith(".") and f.lower().endswith(EXTENSIONS)
-        ]
-    return sorted(names)
+        for f in files:
+            if not f.startswith("."):
+                kind = names if f.lower().endswith(EXTENSIONS) else others
+                kind.append((Path(parent) / f).relative_to(root).as_posix())
+    return sorted(names), sorted(others)
+
+
+def report_others(count: int, first: str) -> None:
+    """Warn of so many files, at least one, that are passed over for their extensions."""
+    known = " ".join(EXTENSIONS)
+    rank_zero_only(log.warning)(f"files passed over, whose names end in none of {known}: {count}, the first {first}")
 
 
 def report_broken(broken: Sequence[str], total: int, on_corrupt: OnCorrupt, instead: str) -> None:
@@ -156,8 +162,8 @@ class ImageFolder(ImageDataModule):
     """A folder of images of any size and kind, scaled and cut to one shape.
 
     Every file is decoded once, in threads, when a split is first asked for or checked, and the fingerprint is
-    that of the pixels of the files that can be. Hidden files and files with other extensions than `EXTENSIONS`
-    are ignored.
+    that of the pixels of the files that can be. Hidden files are ignored; files with other extensions than
+    `EXTENSIONS` too, with a warning that says how many.
 
     Args:
         root: the folder. With classes, each of its subfolders is one, in the order of their names, and
@@ -334,10 +340,14 @@ class ImageFolder(ImageDataModule):
 
     def _list(self, key: str, folder: str, classes: Sequence[str]) -> list[File]:
         """The image files below `folder` or, with classes, below its class folders."""
-        files = []
+        files: list[File] = []
+        others: list[str] = []
         for label, name in enumerate(classes) if classes else [(NULL_LABEL, "")]:
-            below = list_images(Path(folder), name)
+            below, more = list_images(Path(folder), name)
+            others += more
             if not below and not any(label in known.labels for known in self.recorded.values()):
                 raise ValueError(f"{key}={Path(folder, name)}: holds no images ({' '.join(EXTENSIONS)})")
             files += [File(Path(folder, path), path, label) for path in below]
+        if others:
+            report_others(len(others), str(Path(folder, others[0])))
         return files

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from denoiselab.data.dataset import ImageDataset
 from denoiselab.data.decoding import BrokenImageError, Crop, OnCorrupt, decode
-from denoiselab.data.image_folder import EXTENSIONS, report_broken
+from denoiselab.data.image_folder import EXTENSIONS, report_broken, report_others
 from denoiselab.data.recorded import Recorded, lost
 
-SCHEMA = 1  # of the cache files
+SCHEMA = 2  # of the cache files
 PROBES = 1000  # files whose sizes are compared with a list that was kept
 BLOCK = 10_000  # files that are handed to the threads at a time
 _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
@@ -38,11 +38,15 @@ class Index(NamedTuple):
         names: file names without the folder, bytes of shape (N,).
         sizes: of the files in bytes, int64 of shape (N,).
         labels: which of the classes, int64 of shape (N,).
+        others: the number of files with other extensions.
+        first_other: its class folder and name, bytes; empty if there is none.
     """
 
     names: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray
+    others: int
+    first_other: bytes
 
 
 def list_files(root: Path, classes: Sequence[str], cache: Path) -> Index:
@@ -61,26 +65,32 @@ def list_files(root: Path, classes: Sequence[str], cache: Path) -> Index:
     path = cache / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
     try:
         with np.load(path) as kept:
-            known = Index(kept["names"], kept["sizes"], kept["labels"])
+            known = Index(**{field: kept[field] for field in Index._fields})
+            known = known._replace(others=int(known.others), first_other=kept["first_other"].item())
             if kept["key"].item() == key and _sizes_hold(root, classes, known):
                 return known
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         pass
     with ThreadPoolExecutor(16) as pool:  # a network file system answers slowly, but many at once
         listed = list(pool.map(_list, [root / name for name in classes]))
+    passed = [os.fsencode(c) + b"/" + o for c, (_, others) in zip(classes, listed, strict=True) for o in others]
     found = Index(
-        names=np.array([name for files in listed for name, _ in files], dtype=np.bytes_),
-        sizes=np.array([size for files in listed for _, size in files], dtype=np.int64),
-        labels=np.repeat(np.arange(len(classes)), [len(files) for files in listed]),
+        names=np.array([name for files, _ in listed for name, _ in files], dtype=np.bytes_),
+        sizes=np.array([size for files, _ in listed for _, size in files], dtype=np.int64),
+        labels=np.repeat(np.arange(len(classes)), [len(files) for files, _ in listed]),
+        others=len(passed),
+        first_other=passed[0] if passed else b"",
     )
     _keep(path, key, found)
     return found
 
 
-def _list(folder: Path) -> list[tuple[bytes, int]]:
+def _list(folder: Path) -> tuple[list[tuple[bytes, int]], list[bytes]]:
+    """The images with their sizes, and the names of what is none."""
     with os.scandir(os.fsencode(folder)) as entries:
-        named = [e for e in entries if not e.name.startswith(b".") and e.name.lower().endswith(_ENDINGS)]
-        return sorted((e.name, _size(e)) for e in named)
+        shown = [e for e in entries if not e.name.startswith(b".")]
+        images = sorted((e.name, _size(e)) for e in shown if e.name.lower().endswith(_ENDINGS))
+        return images, sorted(e.name for e in shown if not e.name.lower().endswith(_ENDINGS) and e.is_file())
 
 
 def _size(file: os.PathLike[bytes] | os.PathLike[str]) -> int:
@@ -153,6 +163,8 @@ class IndexedFiles(ImageDataset):
         self.root, self.classes = root, list(classes)
         self.channels, self.size, self.crop = channels, size, crop
         self.index = list_files(root, classes, cache)
+        if self.index.others:
+            report_others(self.index.others, str(root / os.fsdecode(self.index.first_other)))
         if recorded is None:
             self._check_classes()
         found = self._decode(np.arange(len(self)) if verify else np.flatnonzero(self.index.sizes == 0))
@@ -197,7 +209,11 @@ class IndexedFiles(ImageDataset):
         if (gone := lost(known, now, good)) is None:
             return []
         sizes = [int(mark or 0) if self.digests is None else 0 for mark in recorded.marks]
-        self.index = Index(np.array(names, np.bytes_), np.array(sizes, np.int64), np.array(recorded.labels, np.int64))
+        self.index = self.index._replace(
+            names=np.array(names, np.bytes_),
+            sizes=np.array(sizes, np.int64),
+            labels=np.array(recorded.labels, np.int64),
+        )
         if self.digests is not None:
             self.digests = b"".join(bytes.fromhex(mark or "00" * 32) for mark in recorded.marks)
         suspect = sorted(gone | {place for place, mark in known.items() if not mark})
