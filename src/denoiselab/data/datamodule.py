@@ -163,6 +163,11 @@ class ImageDataModule(lightning.LightningDataModule):
             self._sets[split] = self.load(split)
         return self._sets[split]
 
+    @property
+    def knows_pixels(self) -> bool:
+        """Whether the fingerprints are of the pixels; else of files' names and sizes alone."""
+        return True
+
     def fingerprint(self, split: Split) -> str:
         """SHA-256 (hex) over the pixels, shape and labels of a split as they reach a network, unmirrored.
 

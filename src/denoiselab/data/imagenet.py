@@ -181,6 +181,11 @@ class ImageNet(ImageDataModule):
         labelled = self.num_classes > 0
         return Chosen(images, rows, labelled=labelled, flip=flip, seed=self.seed, on_corrupt=self.on_corrupt)
 
+    @property
+    def knows_pixels(self) -> bool:
+        """Whether the fingerprints are of the pixels: those of npz files are, those of folders with `verify` only."""
+        return not any(isinstance(i, IndexedFiles) and i.digests is None for i in self._opened.values())
+
     def record(self) -> dict[str, Any] | None:
         """The class folders' files, with their sizes or the hashes of their pixels; those of npz files have none."""
         self.test_set()  # which opens the training images first; it may be a part of them
