@@ -17,6 +17,7 @@ STEPS = 60
 SMALL = [
     "resume=auto",
     "datamodule.batch_size=8",
+    "datamodule.train_size=130",  # of 480 that are drawn, so that starts, steps and saves lie in several epochs
     "datamodule.eval_batch_size=150",
     "datamodule.flip=true",
     "schedule.warmup_steps=20",
@@ -100,6 +101,9 @@ def check_equal(straight, killed):
     assert unlike(end_of(straight), end_of(killed)) == []
     once, often = seen(straight.with_suffix(".seen")), seen(killed.with_suffix(".seen"))
     assert {step for step, _ in once} == set(range(STEPS))
+    assert {index for lines in once.values() for line in lines for index in json.loads(line)["index"]} == set(
+        range(130)
+    )
     assert often.keys() == once.keys()
     for where, lines in often.items():  # indices, places, t, losses, noise, labels and masks
         assert lines.keys() == once[where].keys(), where

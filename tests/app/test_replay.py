@@ -14,6 +14,7 @@ import pytest
 from denoiselab.app.compose import command
 from denoiselab.app.replay import Verdict, compare
 from denoiselab.runs.errors import RankError
+from stand_ins import write_imagenet
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -82,7 +83,7 @@ def test_a_run_is_trained_again_to_the_last_bit(run, capsys):
     code, said = replayed(run, capsys)
     assert code == 0
     assert "steps 1 to 12" in said
-    assert "versions as recorded" in said
+    assert "data as recorded versions as recorded" in said
     assert "identical: 12 losses, gradient norms and samples, to the last bit" in said
     assert "identical to step_0000012.ckpt: raw, ema" in said
     assert {path: path.stat().st_mtime_ns for path in run[0].rglob("*")} == before  # the run itself is not touched
@@ -140,7 +141,7 @@ def test_other_packages_and_other_code_are_said(run, capsys):
     def change(text):
         line = json.loads(text)
         line["packages"]["torch"] = "1.0"
-        line["git"] = {"commit": "0" * 40, "changed_files": []}
+        line["git"] = {"commit": "0" * 40, "changed_files": [], "changes_sha256": "1" * 64}
         return json.dumps(line) + "\n"
 
     edited(run, "starts.jsonl", change)
@@ -148,6 +149,17 @@ def test_other_packages_and_other_code_are_said(run, capsys):
     assert code == 0
     assert "torch 1.0 →" in said
     assert "code.commit 000000000000 →" in said
+    assert "code.changes_sha256 111111111111 →" in said
+
+
+def test_it_is_said_where_only_names_and_sizes_are_compared(tmp_path, capsys):
+    write_imagenet(tmp_path / "images", train=4)
+    data = ["datamodule=imagenet", "datamodule.root=images", "datamodule.resolution=8", "datamodule.num_classes=2"]
+    more = ["datamodule.num_workers=0", "trainer.max_steps=2", "run=done"]
+    assert started("train", tmp_path, *data, *SMALL, *more) == 0
+    code, said = replayed((tmp_path / "done", None), capsys)
+    assert code == 0
+    assert "as recorded, by the names and sizes of its files; their pixels were not compared" in said
 
 
 def resay(run, change):

@@ -11,7 +11,7 @@ import csv
 
 import pytest
 from calls import composed
-from killing import DIT, UNET, by_place, start, wait
+from killing import DIT, UNET, by_place, end_of, seen, start, unlike, wait
 
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of, load_checkpoint, newest_checkpoint
 
@@ -19,6 +19,7 @@ STEPS = 50
 SMALL = [
     "resume=auto",
     "datamodule.batch_size=8",
+    "datamodule.train_size=90",  # of 400 that are drawn: batches lie across the ends of epochs
     "datamodule.flip=true",
     "schedule.warmup_steps=10",
     "logger=none",
@@ -69,6 +70,7 @@ def check_shapes(folder, weights, losses, *overrides):
     one, *others = (train(folder, name, *shape, *overrides) for name, shape in SHAPES.items())
     drawn = by_place(one.with_suffix(".seen"))
     assert len(drawn) == STEPS * 8
+    assert {seen["index"] for seen in drawn.values()} == set(range(90))
     for other in others:
         found = by_place(other.with_suffix(".seen"))
         assert found.keys() == drawn.keys()
@@ -100,6 +102,20 @@ def test_shapes_draw_the_same_and_differ_by_rounding(tmp_path):
 )
 def test_the_difference_is_rounding(tmp_path, overrides, weights, losses):
     check_shapes(tmp_path, weights, losses, *overrides)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_are_killed_end_where_untouched_ones_do(tmp_path):
+    overrides = [*UNET, "datamodule.num_workers=1"]
+    straight = train(tmp_path, "straight", 2, 1, *overrides)
+    ends = wait(start(config(tmp_path, "killed", 2, 1, overrides), ranks=2, step=38, thing="", count=0))
+    assert ends[0] == -9
+    killed = train(tmp_path, "killed", 2, 1, *overrides)
+    assert unlike(end_of(straight), end_of(killed)) == []
+    once, often = seen(tmp_path / "straight.seen"), seen(tmp_path / "killed.seen")
+    assert once.keys() == often.keys() == {(step, place) for step in range(STEPS) for place in (0, 4)}
+    assert all(lines.keys() == once[where].keys() for where, lines in often.items())
+    assert max(sum(lines.values()) for lines in often.values()) > 1  # steps were made again
 
 
 @pytest.mark.parametrize("shape", ["1 x 8", "2 x 2 x 2"])

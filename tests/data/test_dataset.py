@@ -87,6 +87,9 @@ class Fragile(LazyImages):
         super().__init__(**({"on_corrupt": "skip"} | changes))
         self.size, self.broken, self.reads = size, set(broken), []
 
+    def __len__(self):
+        return self.size
+
     def path(self, index):
         return f"{index}.png"
 
@@ -125,10 +128,37 @@ def test_no_image_takes_the_place_of_many():
 def test_a_search_that_finds_nothing_ends():
     samples = Fragile(3, range(3))
     with pytest.raises(
-        BrokenImageError, match=r"^1\.png is empty; 100 others of its class were tried .+: \d\.png is empty$"
+        BrokenImageError, match=r"^1\.png is empty; 2 others were tried in its place, the last: \d\.png is empty$"
     ):
         samples.image(1)
-    assert len(samples.reads) == TRIES + 1
+    assert sorted(samples.reads) == [0, 1, 2]  # none is tried twice
+    samples = Fragile(10_000, range(10_000))
+    with pytest.raises(BrokenImageError, match=r"^1\.png is empty; \d+ others were tried"):
+        samples.image(1)
+    assert TRIES < len(samples.reads) <= 2 * TRIES + 1
+
+
+class OfTwoClasses(Fragile):
+    """The last image is alone in its class."""
+
+    def peers(self, index):
+        return [i for i in range(self.size) if self.label(i) == self.label(index)]
+
+    def label(self, index):
+        return int(index == self.size - 1)
+
+
+def test_where_a_class_has_no_other_image_any_stands_in_under_its_own_label(caplog):
+    samples = OfTwoClasses(6, [2, 5])
+    sample = samples[Draw(5, 7, 0, 1)]
+    shown = int(sample["image"][0, 0, 0])
+    assert shown not in (2, 5)
+    assert (sample["label"], sample["stand_in"], sample["index"]) == (0, 1, 5)
+    assert torch.equal(samples.image(5), sample["image"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "on_corrupt=skip: 5.png is empty; none of its class was found that can be decoded; "
+        f"{shown}.png stands in, with its label"
+    ]
 
 
 def test_stand_ins_are_named_once(caplog):

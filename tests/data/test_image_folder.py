@@ -161,22 +161,28 @@ def test_links_are_followed_and_no_folder_is_gone_into_twice(tmp_path):
     write(elsewhere, count=1, classes=("more",))
     (root / "linked").symlink_to(elsewhere)
     wanted = ["cat/000.png", "cat/001.png", "dog/000.png", "dog/001.png", "linked/more/000.png"]
-    assert list_images(root, "") == wanted
+    assert list_images(root, "") == (wanted, [])
     for folder in (root, root / "cat", root / "dog", elsewhere):
         for i in range(20):  # each leads to all others again and again
             (folder / f"loop{i}").symlink_to(root)
-    assert list_images(root, "") == wanted
+    assert list_images(root, "") == (wanted, [])
 
 
-def test_hidden_files_and_other_files_are_ignored(tmp_path):
+def test_hidden_files_and_other_files_are_ignored(tmp_path, caplog):
     write(tmp_path)
     (tmp_path / ".thumbnails").mkdir()
     noise(0).save(tmp_path / ".thumbnails" / "a.png")
     (tmp_path / "cat" / "._000.png").write_bytes(b"resource fork")
-    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "dog" / "b.avif").write_text("not an image that we read")
     data = module(tmp_path)
     data.check()
     assert len(data.train_set()) + len(data.test_set()) == 20
+    (record,) = caplog.records
+    assert record.getMessage().startswith("files passed over, whose names end in none of .bmp .gif ")
+    assert record.getMessage().endswith(f": 1, the first {tmp_path}/dog/b.avif")
+    (tmp_path / "cat" / "notes.txt").write_text("not an image")
+    module(tmp_path).check()
+    assert caplog.records[1].getMessage().endswith(f": 2, the first {tmp_path}/cat/notes.txt")
 
 
 def test_folders_that_do_not_fit(tmp_path):

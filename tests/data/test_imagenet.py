@@ -260,19 +260,20 @@ def test_empty_files_are_found_at_the_start(tmp_path, caplog):
     assert [r.getMessage() for r in caplog.records] == [f"on_corrupt=skip: {line}; others of their class stand in"]
 
 
-def test_a_class_without_a_good_image_is_an_error_and_no_endless_search(tmp_path):
+def test_a_class_without_a_good_image_takes_from_the_others_and_a_set_without_one_is_an_error(tmp_path):
     root = write_imagenet(tmp_path / "a", train=4)
     spoil(root, cut=range(4))
     data = module(root, on_corrupt="skip", num_workers=1)
     assert data.train_set()[5]["stand_in"] == 0
-    line = r"^\S+ is cut short; 100 others of its class were tried in its place, the last: \S+ is cut short$"
-    with pytest.raises(ValueError, match=line):
-        data.train_set()[1]
-    with pytest.raises(ValueError, match=line):
+    assert (data.train_set()[1]["stand_in"], data.train_set()[1]["label"]) == (1, 1)
+    batches = draw(data, 4)
+    assert {label for batch in batches for label in batch["label"].tolist()} == {1}
+    spoil(root, cut=range(4, 8))
+    line = r"\S+ is cut short; \d others were tried in its place, the last: \S+ is cut short$"
+    with pytest.raises(ValueError, match=f"^{line}"):
         draw(data, 4)
-    refuses_at_the_start = module(root, on_corrupt="skip", test_root=str(root / "train"))
-    with pytest.raises(ValueError, match=rf"^root={root}: \S+ is cut short; 100 others"):
-        refuses_at_the_start.check()
+    with pytest.raises(ValueError, match=f"^root={root}: {line}"):
+        module(root, on_corrupt="skip", test_root=str(root / "train")).check()
 
 
 def test_verify_finds_broken_files_and_one_changed_byte(tmp_path, caplog):
@@ -337,6 +338,18 @@ def test_a_file_that_is_written_to_in_place_is_seen_by_its_size(tmp_path):
     path.write_bytes(path.read_bytes() + b"more")
     assert path.parent.stat().st_mtime_ns == changed
     assert module(root).fingerprint("train") != before
+
+
+def test_files_that_are_passed_over_are_counted(tmp_path, caplog):
+    root = write_imagenet(tmp_path / "a")
+    for name in ("n01443537/a.avif", "n01440764/b.txt", "n01440764/.hidden"):
+        (root / "train" / name).write_bytes(b"")
+    (root / "train" / "n01440764" / "folder").mkdir()
+    for _ in range(2):  # scanned, then from the cache
+        assert len(module(root).train_set()) == 12
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 2
+    assert all(line.endswith(f": 2, the first {root}/train/n01440764/b.txt") for line in lines)
 
 
 def test_a_cache_that_cannot_be_written_costs_time_only(imagenet_folder, tmp_path, cache):

@@ -15,7 +15,7 @@ from denoiselab.runs.errors import ConfigError
 RUN = {
     "seed": 0,
     "optimizer": {"lr": 0.1, "betas": [0.9, 0.99]},
-    "callbacks": {"checkpoints": {"every": 3}},
+    "callbacks": {"checkpoints": {"_target_": "denoiselab.training.saving.Checkpoints", "every": 3}},
     "run": None,
 }
 # Of the default config: what may change without a word. All the rest decides what the network becomes.
@@ -50,6 +50,7 @@ def test_leaves():
         "seed": 0,
         "optimizer.lr": 0.1,
         "optimizer.betas": [0.9, 0.99],
+        "callbacks.checkpoints._target_": "denoiselab.training.saving.Checkpoints",
         "callbacks.checkpoints.every": 3,
         "run": None,
     }
@@ -61,6 +62,7 @@ def test_differences_are_shown_as_one_types_them():
     del new["callbacks"]
     new["extra"] = {"name": "a b"}
     assert differences(RUN, new) == {
+        "callbacks.checkpoints._target_": ("denoiselab.training.saving.Checkpoints", "absent"),
         "callbacks.checkpoints.every": ("3", "absent"),
         "extra.name": ("absent", "a b"),
         "optimizer.lr": ("0.1", "null"),
@@ -101,6 +103,43 @@ def test_all_that_is_refused_is_named_with_the_way_out():
     assert len(check_changes(RUN, new, ["seed", "optimizer.lr"])) == 3
 
 
+LIGHTNING = "lightning.pytorch.callbacks"
+
+
+@pytest.mark.parametrize(
+    ("target", "free"),
+    [
+        ("denoiselab.training.pictures.SampleGrid", True),
+        (f"{LIGHTNING}.LearningRateMonitor", True),
+        (f"{LIGHTNING}.early_stopping.EarlyStopping", True),
+        (f"{LIGHTNING}.StochasticWeightAveraging", False),
+        (f"{LIGHTNING}.weight_averaging.WeightAveraging", False),
+        (f"{LIGHTNING}.GradientAccumulationScheduler", False),
+        ("mypackage.Timer", False),
+        ("denoiselaboratory.Timer", False),
+        (3, False),
+        (None, False),
+    ],
+)
+def test_a_callback_that_may_change_training_is_no_free_change(target, free):
+    given = {"_target_": target, "x": 1}
+    pairs = [
+        (RUN, changed(RUN, "callbacks.more", given)),
+        (changed(RUN, "callbacks.more", given), RUN),
+        (changed(RUN, "callbacks.more", given), changed(RUN, "callbacks.more", None)),
+        (changed(RUN, "callbacks.more", given), changed(RUN, "callbacks.more", given | {"x": 2})),
+        (changed(RUN, "callbacks.checkpoints", given), RUN),
+        (changed(RUN, "callbacks", {"more": given}), changed(RUN, "callbacks", None)),
+    ]
+    for old, new in pairs:
+        if free:
+            assert check_changes(old, new, [])
+        else:
+            with pytest.raises(ConfigError, match=r"^resume: .*callbacks\..*would change what the run means"):
+                check_changes(old, new, [])
+            assert check_changes(old, new, ["callbacks"])
+
+
 def test_what_comes_or_goes_is_a_change():
     new = changed(RUN, "optimizer", {"lr": 0.1, "momentum": 0.9})
     with pytest.raises(
@@ -120,8 +159,9 @@ def test_each_key_of_a_run_is_free_or_refused():
         except ConfigError as error:
             assert f"allow=[{key}]" in str(error)  # noqa: PT017
             assert check_changes(config, changed(config, key, "another"), [key])
-    assert free == [key for key in leaves if below(key, MAY_CHANGE)]
-    assert sorted({*leaves} - {*free}) == sorted(key for key in leaves if below(key, MUST_NOT))
+    kinds = [key for key in leaves if re.fullmatch(r"callbacks\.\w+\._target_", key)]  # of "another", nothing is known
+    assert free == [key for key in leaves if below(key, MAY_CHANGE) and key not in kinds]
+    assert sorted({*leaves} - {*free}) == sorted(key for key in leaves if below(key, MUST_NOT) or key in kinds)
     for name in (*MAY_CHANGE, *MUST_NOT):  # nothing stands in the tables that is not in the config
         assert any(below(key, [name]) for key in leaves), name
 

@@ -137,6 +137,38 @@ def test_versions_say_what_ran():
     json.dumps(found)
 
 
+def test_each_edit_of_a_source_is_another_state(tmp_path):
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+
+    inside = tmp_path / "src" / "deep"
+    inside.mkdir(parents=True)
+    (inside / "a.py").write_text("1")
+    (tmp_path / ".gitignore").write_text("ignored.py\n")
+    git("init", "-b", "trunk")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@example.org", "commit", "-m", "first")
+    states = [git_state(inside)["changes_sha256"]]
+    assert states == [None]
+    for name, text in (
+        ("a.py", "2"),
+        ("a.py", "3"),
+        ("b.py", "1"),
+        ("b.py", "2"),
+        ("../c ä.yaml", "1"),
+        ("a.py", None),
+    ):
+        (inside / name).unlink() if text is None else (inside / name).write_text(text)
+        states.append(git_state(inside)["changes_sha256"])
+        assert git_state(tmp_path)["changes_sha256"] == states[-1]
+    git("add", ".")  # what is staged is no more committed than before
+    assert git_state(inside)["changes_sha256"] == states[-1]
+    assert len({*states}) == 7
+    (inside / "ignored.py").write_text("1")
+    (inside / "notes.txt").write_text("1")
+    assert git_state(inside)["changes_sha256"] == states[-1]
+
+
 def test_the_state_of_a_checkout(tmp_path):
     assert git_state(tmp_path) is None  # no checkout
 
@@ -152,7 +184,9 @@ def test_the_state_of_a_checkout(tmp_path):
     assert (clean["branch"], clean["changed_files"]) == ("trunk", [])
     (tmp_path / "a.txt").write_text("2")
     (tmp_path / "b.txt").touch()
-    assert git_state(tmp_path)["changed_files"] == ["M a.txt", "?? b.txt"]
+    changed = git_state(tmp_path)
+    assert changed["changed_files"] == ["M a.txt", "?? b.txt"]
+    assert clean["changes_sha256"] is changed["changes_sha256"] is None  # of no source
     inside = tmp_path / "lib" / "site-packages" / "denoiselab"
     inside.mkdir(parents=True)
     assert git_state(inside) is None  # an installed copy is not the checkout that its environment lies in

@@ -22,6 +22,7 @@ from denoiselab.diffusion.guidance import chain
 from denoiselab.evaluation.metrics import Metrics
 from denoiselab.runs.checks import check_kind, check_types, check_value, show
 from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.folder import DATA
 from denoiselab.runs.trust import check_targets
 from denoiselab.training.checkpoint import digest
 from denoiselab.training.ema import EMA
@@ -168,8 +169,12 @@ class Training:
     initial: dict[str, Tensor] | None
 
 
-def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
+def make_training(config: dict[str, Any], recorded: Any = None) -> tuple[Parts, Training]:
     """Everything a training run needs, built and checked; nothing is created.
+
+    Args:
+        config: of the run.
+        recorded: what the data was when the run began; None takes it as it is.
 
     Raises:
         ConfigError: for the first mistake, in one line.
@@ -206,6 +211,8 @@ def make_training(config: dict[str, Any]) -> tuple[Parts, Training]:
         raise ConfigError(
             f"augmentation.dim={parts.augmentation.dim}: changes pixels, and this codec has none; use codec=rgb"
         )
+    if recorded is not None:
+        refuse(f"{DATA}: ", lambda: parts.data.recall(recorded))
     refuse("datamodule.", parts.data.check)
     check_metrics(config, parts.metrics, parts.data)
     for name in parts.metrics.weights or ():

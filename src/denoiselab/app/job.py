@@ -26,6 +26,7 @@ from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.folder import (
     COMMAND,
     CONFIG,
+    DATA,
     RUNNING,
     STARTS,
     SUMMARY,
@@ -37,6 +38,7 @@ from denoiselab.runs.folder import (
     make_run_folder,
     versions,
     write_json,
+    write_text,
 )
 from denoiselab.runs.secrets import redact
 from denoiselab.runs.trust import check_plain
@@ -101,7 +103,7 @@ def open_job(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     again = ["no checkpoint yet: begins again at step 0"] if start.exists and start.checkpoint is None else []
-    folder = open_folder(start, config, name, how, data, lock)
+    folder = open_folder(start, config, name, how, data, parts.data.record(), lock)
     return Job(
         config=config,
         folder=str(folder),
@@ -155,7 +157,13 @@ def check_resumed(
 
 
 def open_folder(
-    start: Start, config: dict[str, Any], name: str, how: dict[str, Any], data: dict[str, str], lock: ExitStack
+    start: Start,
+    config: dict[str, Any],
+    name: str,
+    how: dict[str, Any],
+    data: dict[str, str],
+    record: dict[str, Any] | None,
+    lock: ExitStack,
 ) -> Path:
     """The folder of the run: made, or taken over; says in it how it was started.
 
@@ -181,6 +189,8 @@ def open_folder(
             link_atomically(start.checkpoint, _as_own(start.checkpoint, folder / FOLDER))
         write_json(folder / COMMAND, {"command": command_line(), **how})
         write_json(folder / VERSIONS, versions())
+        if record is not None:
+            write_text(folder / DATA, json.dumps(record) + "\n")
         write_json(folder / CONFIG, config)  # last for a new run: what has a config is a run
         append_text(folder / STARTS, json.dumps(redact(began)) + "\n")
         write_json(folder / SUMMARY, RUNNING)

@@ -114,6 +114,10 @@ def replay(options: dict[str, Any], choices: dict[str, str], overrides: list[str
     environment = [f"{key} {then} → {now}" for key, (then, now) in changed.items()]
     console = Console()
     facts: dict[str, Any] = {"run": folder, "steps": f"{first + 1} to {last}", "data": "as recorded"}
+    if not parts.data.knows_pixels:
+        facts["data"] += (
+            ", by the names and sizes of its files; their pixels were not compared (datamodule.verify=false)"
+        )
     facts["versions"] = "as recorded" if not environment else "; ".join(environment)
     print_results(console, facts, [])
     with tempfile.TemporaryDirectory() as scratch:
@@ -206,7 +210,7 @@ def _to_replay(config: dict[str, Any], trainer: dict[str, Any] | None, last: int
 def _versions(recorded: dict[str, Any]) -> dict[str, Any]:
     """What can make a run come out otherwise, of all that is recorded of its environment."""
     git = recorded.get("git") or {}
-    code = {"commit": str(git.get("commit"))[:12], "changed files": len(git.get("changed_files") or [])}
+    code = {key: str(git.get(key))[:12] for key in ("commit", "changes_sha256")}
     return {"python": recorded.get("python"), "code": code, **recorded.get("packages", {})}
 
 

@@ -13,7 +13,18 @@ from typing import Any
 
 from denoiselab.app.compose import config_folder
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import COMMAND, CONFIG, LOCK, STARTS, VERSIONS, WRITING, from_json, read_json, read_small
+from denoiselab.runs.folder import (
+    COMMAND,
+    CONFIG,
+    DATA,
+    LOCK,
+    STARTS,
+    VERSIONS,
+    WRITING,
+    from_json,
+    read_json,
+    read_small,
+)
 from denoiselab.runs.sweep_folder import OF_A_JOB
 
 OF_THE_COMMAND = ("run", "resume", "allow", "trust")  # what a folder has no say in
@@ -144,9 +155,45 @@ def find_start(config: dict[str, Any]) -> Start:
     return Start(home, path, damaged)
 
 
+def recorded_data(config: dict[str, Any]) -> Any:
+    """What the data was of the run that `run=` and `resume=` go on with; None if they do not, or it says nothing.
+
+    Raises:
+        ConfigError: if the record cannot be read.
+    """
+    from denoiselab.training.checkpoint import FOLDER, checkpoints_of
+
+    resume, run = config.get("resume"), config.get("run")
+    source = run if resume == "auto" else resume
+    if not isinstance(source, str) or source == "none":
+        return None
+    folder = Path(source).resolve().parents[1] if Path(source).is_file() else Path(source)
+    try:
+        begun = bool(checkpoints_of(folder / FOLDER))
+    except OSError:  # `find_start` says so
+        return None
+    return read_data(folder) if begun else None
+
+
+def read_data(folder: Path) -> Any:
+    """What the data of a run was; None if its folder says nothing.
+
+    Raises:
+        ConfigError: if the record cannot be read.
+    """
+    try:
+        return from_json(read_small(folder / DATA))
+    except FileNotFoundError:
+        return None
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"run={folder}: its {DATA} cannot be read ({error})") from error
+
+
 def _is_free(folder: Path) -> bool:
     """Whether a folder without a config is empty, but for what a start leaves that was killed before it wrote one."""
-    left = (LOCK, WRITING, COMMAND, VERSIONS, *OF_A_JOB)
+    left = (LOCK, WRITING, COMMAND, DATA, VERSIONS, *OF_A_JOB)
     return folder.is_dir() and all(p.name in left or p.name.endswith(".partial") for p in folder.iterdir())
 
 

@@ -21,7 +21,7 @@ from denoiselab.app.build import Training, make_training
 from denoiselab.app.job import Job, agree, open_job, set_up
 from denoiselab.app.nodes import Parts, make
 from denoiselab.app.processes import meet
-from denoiselab.app.resume import restored
+from denoiselab.app.resume import read_data, recorded_data, restored
 from denoiselab.app.trained import without_consent
 from denoiselab.evaluation.records import protocol_id
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
@@ -109,7 +109,7 @@ def check_run(config: dict[str, Any]) -> tuple[Parts, Training]:
     Raises:
         ConfigError: if it cannot be, or cannot be trained.
     """
-    parts, training = make_training(config)
+    parts, training = make_training(config, recorded_data(config))
     if not parts.metrics.extractors and parts.metrics.bits_per_dim is not None:
         raise ConfigError(
             "metrics=bits_per_dim: is measured by evaluate.py, on the finished run; train with metrics=none"
@@ -132,7 +132,7 @@ def train_rank(job: Job) -> tuple[int, str] | None:
     """Train in a process that was started for this; builds its own objects. Returns the signal that stopped it, if any."""
     for number in STOPPING:
         signal.signal(number, lambda *_: None)  # what reaches us after training is too late
-    parts, training = make_training(job.config)
+    parts, training = make_training(job.config, read_data(Path(job.folder)))
     stopped: Stopped | None = None
     try:
         with echoes_last(), before_training(training.callbacks.values()):

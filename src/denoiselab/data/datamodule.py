@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from denoiselab.condition import height_width
 from denoiselab.data.dataset import ImageDataset, InMemoryImages
 from denoiselab.data.order import GlobalBatchSampler, micro_batch_size
+from denoiselab.data.recorded import Recorded, read_recorded
 
 Split = Literal["train", "test"]
 
@@ -100,6 +101,7 @@ class ImageDataModule(lightning.LightningDataModule):
         self.channels, self.resolution, self.num_classes = channels, resolution, num_classes
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.seed, self.num_workers, self.flip = seed, num_workers, flip
+        self.recorded: dict[str, Recorded] = {}
         self._sets: dict[str, ImageDataset] = {}
         self._fingerprints: dict[str, str] = {}
 
@@ -110,6 +112,26 @@ class ImageDataModule(lightning.LightningDataModule):
             ValueError: if its files are missing or do not fit the declared shape.
         """
         raise NotImplementedError
+
+    def record(self) -> dict[str, Any] | None:
+        """Which files the set is made of, as plain data for `recall`; None where no file of it can break by itself."""
+        return None
+
+    def recall(self, record: Any) -> None:
+        """Take the set for what it was when a run began; to be called before anything is read.
+
+        With `on_corrupt="skip"`, files that have broken or vanished since then stay in it, with what was known of them, and
+        others stand in; files that were left out stay out. A set that has changed otherwise is taken as it is now.
+
+        Args:
+            record: of `record`.
+
+        Raises:
+            ValueError: if it is none.
+        """
+        if not isinstance(record, dict):
+            raise ValueError("must hold the sets of a run")
+        self.recorded = {split: read_recorded(node) for split, node in record.items()}
 
     def check(self) -> None:
         """See to it that the data is there and fits what is declared; creates nothing, keeps what it reads.
@@ -140,6 +162,11 @@ class ImageDataModule(lightning.LightningDataModule):
         if split not in self._sets:
             self._sets[split] = self.load(split)
         return self._sets[split]
+
+    @property
+    def knows_pixels(self) -> bool:
+        """Whether the fingerprints are of the pixels; else of files' names and sizes alone."""
+        return True
 
     def fingerprint(self, split: Split) -> str:
         """SHA-256 (hex) over the pixels, shape and labels of a split as they reach a network, unmirrored.

@@ -53,9 +53,9 @@ class ImageDataset(Dataset[dict[str, Any]]):
         """SHA-256 of the pixels of image `index`."""
         return hashlib.sha256(self.image(index).numpy().tobytes()).digest()
 
-    def shown(self, index: int) -> tuple[Tensor, bool]:
-        """Image `index`, and whether another one stands in for it."""
-        return self.image(index), False
+    def shown(self, index: int) -> tuple[Tensor, int]:
+        """Image `index` or what stands in for it, and which image that is."""
+        return self.image(index), index
 
     def __getitem__(self, draw: Draw | int) -> dict[str, Any]:
         """The sample that training draws or, for a plain index, the image as it is.
@@ -66,25 +66,26 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
         Returns:
             image (uint8, shape (C, H, W)), label, index, step, place and stand_in, which is 1 where the image
-            could not be decoded and another one is shown, else 0 (integers: the default collate makes int64 of
-            them).
+            could not be decoded and another one is shown, with its label, else 0 (integers: the default collate
+            makes int64 of them).
         """
         of_training = isinstance(draw, Draw)
         if not isinstance(draw, Draw):
             draw = Draw(index=draw, step=0, place=draw, epoch=0)
-        image, stand_in = self.shown(draw.index)
+        image, shown = self.shown(draw.index)
         if of_training and self.flip and flips(self.seed, draw.epoch, draw.index):
             image = image.flip(-1)
-        numbers = {"index": draw.index, "step": draw.step, "place": draw.place, "stand_in": int(stand_in)}
-        return {"image": image, "label": self.label(draw.index), **numbers}
+        numbers = {"index": draw.index, "step": draw.step, "place": draw.place, "stand_in": int(shown != draw.index)}
+        return {"image": image, "label": self.label(shown), **numbers}
 
 
 class LazyImages(ImageDataset):
     """Images that are read when they are asked for, from files any of which may be broken by then, or gone.
 
     With `on_corrupt="skip"` another image of the same class then stands in, everywhere: in training, in validation and
-    in reference statistics. Which one is a function of the index and the files alone, so that a resumed run draws the
-    same again. The choice is hashed: if a stretch of files is lost, no single image is shown in place of all of them.
+    in reference statistics; where none of the class can be decoded, any of the set. Which one is a function of the index
+    and the files alone, so that a resumed run draws the same again. The choice is hashed: if a stretch of files is lost,
+    no single image is shown in place of all of them.
 
     Args:
         flip: whether the draws of training are mirrored left to right with probability 1/2.
@@ -121,21 +122,21 @@ class LazyImages(ImageDataset):
         """Image `index` or what stands in for it, never mirrored: uint8 of shape (C, H, W).
 
         Raises:
-            BrokenImageError: if it cannot be decoded and, with "skip", none of its class was found that can.
+            BrokenImageError: if it cannot be decoded and, with "skip", none was found that can.
         """
         return self.shown(index)[0]
 
-    def shown(self, index: int) -> tuple[Tensor, bool]:
-        """Image `index`, and whether another one stands in for it; see `image`."""
+    def shown(self, index: int) -> tuple[Tensor, int]:
+        """Image `index` or what stands in for it, and which image that is; see `image`."""
         try:
-            return self.read(index), False
+            return self.read(index), index
         except BrokenImageError as error:
             if self.on_corrupt == "fail":
                 raise BrokenImageError(f"{error}; repair or remove it, or set on_corrupt=skip") from error
             found = self._stand_in(index, error)
         if get_worker_info() is None:  # of what a loader's worker draws, the process that trains tells
             self.tell([index])
-        return found, True
+        return found
 
     def tell(self, indices: Iterable[int]) -> None:
         """Warn that others stand in for these images: each is named once."""
@@ -144,19 +145,30 @@ class LazyImages(ImageDataset):
             try:
                 self.read(index)
             except BrokenImageError as error:
-                log.warning("on_corrupt=skip: %s; an image of the same class stands in", error)
+                _, shown = self._stand_in(index, error)
+                what = "an image of the same class stands in"
+                if shown not in self.peers(index):
+                    what = (
+                        f"none of its class was found that can be decoded; {self.path(shown)} stands in, with its label"
+                    )
+                log.warning("on_corrupt=skip: %s; %s", error, what)
             else:
                 log.warning("on_corrupt=skip: %s could not be read when it was drawn, but now it can", self.path(index))
 
-    def _stand_in(self, index: int, error: BrokenImageError) -> Tensor:
-        peers, last = self.peers(index), error
-        for attempt in range(TRIES):
-            digest = hashlib.blake2b(f"stand-in {index} {attempt}".encode(), digest_size=8).digest()
-            try:
-                return self.read(peers[int.from_bytes(digest) % len(peers)])
-            except BrokenImageError as another:
-                last = another
-        raise BrokenImageError(f"{error}; {TRIES} others of its class were tried in its place, the last: {last}")
+    def _stand_in(self, index: int, error: BrokenImageError) -> tuple[Tensor, int]:
+        """An image of the same class that can be decoded or, if none is found, any; and which it is."""
+        tried = {index: error}
+        for kind, candidates in (("stand-in", self.peers(index)), ("any", range(len(self)))):
+            for attempt in range(TRIES):
+                digest = hashlib.blake2b(f"{kind} {index} {attempt}".encode(), digest_size=8).digest()
+                other = candidates[int.from_bytes(digest) % len(candidates)]
+                try:
+                    if other not in tried:
+                        return self.read(other), other
+                except BrokenImageError as another:
+                    tried[other] = another
+        *_, last = tried.values()
+        raise BrokenImageError(f"{error}; {len(tried) - 1} others were tried in its place, the last: {last}")
 
 
 class InMemoryImages(ImageDataset):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
@@ -18,6 +18,7 @@ from denoiselab.condition import NULL_LABEL
 from denoiselab.data.datamodule import ImageDataModule, Split
 from denoiselab.data.dataset import ImageDataset, LazyImages
 from denoiselab.data.decoding import BrokenImageError, Crop, OnCorrupt, check_crop, check_on_corrupt, decode
+from denoiselab.data.recorded import lost
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 NAMED = 3  # broken files that a message names
@@ -33,12 +34,13 @@ class File(NamedTuple):
     label: int
 
 
-def list_images(root: Path, below: str) -> list[str]:
-    """The image files in the subfolder `below` of root, hidden ones left out: sorted, relative to root.
+def list_images(root: Path, below: str) -> tuple[list[str], list[str]]:
+    """The files in the subfolder `below` of root, hidden ones left out: sorted, relative to root; images, then all others.
 
     Links to folders are followed, but no folder is gone into twice: a link may lead back to where it is.
     """
     names: list[str] = []
+    others: list[str] = []
     seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(root / below, followlinks=True):
         here = os.stat(parent)
@@ -47,12 +49,17 @@ def list_images(root: Path, below: str) -> list[str]:
             continue
         seen.add((here.st_dev, here.st_ino))
         folders[:] = sorted(f for f in folders if not f.startswith("."))  # in an order that is the same everywhere
-        names += [
-            (Path(parent) / f).relative_to(root).as_posix()
-            for f in files
-            if not f.startswith(".") and f.lower().endswith(EXTENSIONS)
-        ]
-    return sorted(names)
+        for f in files:
+            if not f.startswith("."):
+                kind = names if f.lower().endswith(EXTENSIONS) else others
+                kind.append((Path(parent) / f).relative_to(root).as_posix())
+    return sorted(names), sorted(others)
+
+
+def report_others(count: int, first: str) -> None:
+    """Warn of so many files, at least one, that are passed over for their extensions."""
+    known = " ".join(EXTENSIONS)
+    rank_zero_only(log.warning)(f"files passed over, whose names end in none of {known}: {count}, the first {first}")
 
 
 def report_broken(broken: Sequence[str], total: int, on_corrupt: OnCorrupt, instead: str) -> None:
@@ -97,6 +104,7 @@ class ImageFiles(LazyImages):
     Args:
         files: the files, with their labels.
         digests: SHA-256 of each one's pixels.
+        pixels: of the images that are in memory already, by index.
         channels: 1 (grey) or 3 (RGB).
         size: (height, width) in pixels.
         crop: how `decode` scales and cuts.
@@ -110,6 +118,7 @@ class ImageFiles(LazyImages):
         files: Sequence[File],
         digests: Sequence[bytes],
         *,
+        pixels: Mapping[int, Tensor],
         channels: int,
         size: tuple[int, int],
         crop: Crop = "fit",
@@ -118,7 +127,8 @@ class ImageFiles(LazyImages):
         on_corrupt: OnCorrupt = "fail",
     ) -> None:
         super().__init__(flip=flip, seed=seed, on_corrupt=on_corrupt)
-        self.files, self.digests, self.channels, self.size, self.crop = files, digests, channels, size, crop
+        self.files, self.digests, self.pixels = files, digests, pixels
+        self.channels, self.size, self.crop = channels, size, crop
 
     def __len__(self) -> int:
         """The number of images."""
@@ -130,6 +140,8 @@ class ImageFiles(LazyImages):
 
     def read(self, index: int) -> Tensor:
         """Image `index` itself: uint8 of shape (C, H, W)."""
+        if index in self.pixels:
+            return self.pixels[index]
         return decode(self.files[index].path, channels=self.channels, size=self.size, crop=self.crop)
 
     def peers(self, index: int) -> Sequence[int]:
@@ -150,8 +162,8 @@ class ImageFolder(ImageDataModule):
     """A folder of images of any size and kind, scaled and cut to one shape.
 
     Every file is decoded once, in threads, when a split is first asked for or checked, and the fingerprint is
-    that of the pixels of the files that can be. Hidden files and files with other extensions than `EXTENSIONS`
-    are ignored.
+    that of the pixels of the files that can be. Hidden files are ignored; files with other extensions than
+    `EXTENSIONS` too, with a warning that says how many.
 
     Args:
         root: the folder. With classes, each of its subfolders is one, in the order of their names, and
@@ -211,6 +223,7 @@ class ImageFolder(ImageDataModule):
         check_crop(crop, self.size)
         self.on_corrupt, self.cache, self.crop = on_corrupt, cache, crop
         self._scanned: dict[Split, ImageDataset] = {}
+        self._marks: dict[Split, dict[File, str]] = {}  # the hash of each file's pixels; "" of a broken one
 
     def load(self, split: Split) -> ImageDataset:
         """Read one split; the first call scans both.
@@ -223,28 +236,50 @@ class ImageFolder(ImageDataModule):
             self._scanned = self._scan()
         return self._scanned[split]
 
+    def record(self) -> dict[str, Any]:
+        """The files of both splits, those that are left out among them, with the hashes of their pixels."""
+        self.train_set()
+        return {
+            split: {
+                "names": [f.name for f in marks],
+                "labels": [f.label for f in marks],
+                "marks": list(marks.values()),
+            }
+            for split, marks in self._marks.items()
+        }
+
     def _scan(self) -> dict[Split, ImageDataset]:
         """Decode every file once, deal with the broken ones and make both splits of the others."""
         splits = self._files()
         files = splits["train"] + splits["test"]
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
             results = dict(zip(files, pool.map(self._decode, files), strict=True))
-        broken = [result for result in results.values() if isinstance(result, str)]
+        found = {f: "" if isinstance(r, str) else r[0].hex() for f, r in results.items()}
+        self._marks, gone = self._as_recorded(found) or (
+            {s: {f: found[f] for f in m} for s, m in splits.items()},
+            set(),
+        )
+        broken = [r for f, r in results.items() if isinstance(r, str) and f not in gone]
         if broken:
             report_broken(broken, len(files), self.on_corrupt, "left out")
+        if gone:
+            lines = [str(results.get(f, f"{f.path} is missing")) for f in sorted(gone)]
+            report_broken(lines, sum(map(len, self._marks.values())), self.on_corrupt, "others of their class stand in")
         sets: dict[Split, ImageDataset] = {}
-        for split, members in splits.items():
-            good = {f: r for f in members if not isinstance(r := results[f], str)}
+        for split, marks in self._marks.items():
+            members = [f for f, mark in marks.items() if mark]
+            good = {i: r for i, f in enumerate(members) if not isinstance(r := results.get(f, ""), str)}
             if not good:
                 raise ValueError(f"root={self.root}: the {split} split holds no image that can be decoded")
-            if self.cache:
-                pixels = torch.stack([pixels for _, pixels in good.values() if pixels is not None])
-                sets[split] = self._in_memory(split, pixels, torch.tensor([f.label for f in good]))
+            pixels = {i: r[1] for i, r in good.items() if r[1] is not None}
+            if len(pixels) == len(members):
+                labels = torch.tensor([f.label for f in members])
+                sets[split] = self._in_memory(split, torch.stack(list(pixels.values())), labels)
             else:
-                digests = [digest for digest, _ in good.values()]
                 sets[split] = ImageFiles(
-                    list(good),
-                    digests,
+                    members,
+                    [bytes.fromhex(marks[f]) for f in members],
+                    pixels=pixels,
                     channels=self.channels,
                     size=self.size,
                     crop=self.crop,
@@ -253,6 +288,18 @@ class ImageFolder(ImageDataModule):
                     on_corrupt=self.on_corrupt,
                 )
         return sets
+
+    def _as_recorded(self, found: dict[File, str]) -> tuple[dict[Split, dict[File, str]], set[File]] | None:
+        """The marks of both splits as they were recorded, and the files lost since; None without a record that still fits."""
+        if self.on_corrupt != "skip" or self.recorded.keys() != {"train", "test"}:
+            return None
+        marks: dict[Split, dict[File, str]] = {}
+        folders: dict[Split, str] = {"train": self.root, "test": self.test_root or self.root}
+        for split, folder in folders.items():
+            rows = zip(*self.recorded[split], strict=True)
+            marks[split] = {File(Path(folder, name), name, label): mark for name, label, mark in rows}
+        gone = lost(marks["train"] | marks["test"], found, lambda file: bool(found[file]))
+        return None if gone is None else (marks, gone)
 
     def _decode(self, file: File) -> tuple[bytes, Tensor | None] | str:
         """The hash of a file's pixels and, if they are kept, the pixels; or in one line why it has none."""
@@ -293,10 +340,14 @@ class ImageFolder(ImageDataModule):
 
     def _list(self, key: str, folder: str, classes: Sequence[str]) -> list[File]:
         """The image files below `folder` or, with classes, below its class folders."""
-        files = []
+        files: list[File] = []
+        others: list[str] = []
         for label, name in enumerate(classes) if classes else [(NULL_LABEL, "")]:
-            below = list_images(Path(folder), name)
-            if not below:
+            below, more = list_images(Path(folder), name)
+            others += more
+            if not below and not any(label in known.labels for known in self.recorded.values()):
                 raise ValueError(f"{key}={Path(folder, name)}: holds no images ({' '.join(EXTENSIONS)})")
             files += [File(Path(folder, path), path, label) for path in below]
+        if others:
+            report_others(len(others), str(Path(folder, others[0])))
         return files

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -165,14 +166,14 @@ class ImageNet(ImageDataModule):
             raise ValueError(f"root={self.root}: must be {WAYS}")
         if self.test_root is not None:
             test = [Path(self.test_root)]
-        images = self._open("root", train)
+        images = self._open("train", train)
         rows = np.arange(len(images))
         if not test:
             order = permutation(len(images), SPLIT_SEED)
             count = min(max(1, round(len(images) * self.test_fraction)), len(images) - 1)
             rows = np.sort(order[:count] if split == "test" else order[count:])
         elif split == "test":
-            images = self._open("root" if self.test_root is None else "test_root", test)
+            images = self._open("test", test)
             rows = np.arange(len(images))
         if not len(rows):
             raise ValueError(f"root={self.root}: one image is not enough for two splits")
@@ -180,19 +181,32 @@ class ImageNet(ImageDataModule):
         labelled = self.num_classes > 0
         return Chosen(images, rows, labelled=labelled, flip=flip, seed=self.seed, on_corrupt=self.on_corrupt)
 
-    def _open(self, key: str, paths: list[Path]) -> IndexedFiles | NpzImages:
+    @property
+    def knows_pixels(self) -> bool:
+        """Whether the fingerprints are of the pixels: those of npz files are, those of folders with `verify` only."""
+        return not any(isinstance(i, IndexedFiles) and i.digests is None for i in self._opened.values())
+
+    def record(self) -> dict[str, Any] | None:
+        """The class folders' files, with their sizes or the hashes of their pixels; those of npz files have none."""
+        self.test_set()  # which opens the training images first; it may be a part of them
+        files = {s: i for s, i in zip(("train", "test"), self._opened.values()) if isinstance(i, IndexedFiles)}  # noqa: B905
+        return {split: images.record() for split, images in files.items()} or None
+
+    def _open(self, split: Split, paths: list[Path]) -> IndexedFiles | NpzImages:
         """The images of a folder of class folders, or of npz files."""
         if paths[0] not in self._opened:
             try:
-                self._opened[paths[0]] = self._files(paths[0]) if paths[0].is_dir() else self._npz(paths)
+                images = self._files(split, paths[0]) if paths[0].is_dir() else self._npz(paths)
             except (ValueError, OSError) as error:
+                key = "test_root" if split == "test" and self.test_root is not None else "root"
                 raise ValueError(f"{key}={getattr(self, key)}: {error}") from error
+            self._opened[paths[0]] = images
         return self._opened[paths[0]]
 
     def _npz(self, paths: list[Path]) -> NpzImages:
         return NpzImages(paths, channels=self.channels, size=self.size, num_classes=self.num_classes)
 
-    def _files(self, folder: Path) -> IndexedFiles:
+    def _files(self, split: Split, folder: Path) -> IndexedFiles:
         return IndexedFiles(
             folder,
             self._classes(folder),
@@ -202,6 +216,7 @@ class ImageNet(ImageDataModule):
             crop=self.crop,
             on_corrupt=self.on_corrupt,
             verify=self.verify,
+            recorded=self.recorded.get(split),
         )
 
     def _classes(self, folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from denoiselab.data.dataset import ImageDataset
 from denoiselab.data.decoding import BrokenImageError, Crop, OnCorrupt, decode
-from denoiselab.data.image_folder import EXTENSIONS, report_broken
+from denoiselab.data.image_folder import EXTENSIONS, report_broken, report_others
+from denoiselab.data.recorded import Recorded, lost
 
-SCHEMA = 1  # of the cache files
+SCHEMA = 2  # of the cache files
 PROBES = 1000  # files whose sizes are compared with a list that was kept
 BLOCK = 10_000  # files that are handed to the threads at a time
 _ENDINGS = tuple(extension.encode() for extension in EXTENSIONS)
@@ -37,11 +38,15 @@ class Index(NamedTuple):
         names: file names without the folder, bytes of shape (N,).
         sizes: of the files in bytes, int64 of shape (N,).
         labels: which of the classes, int64 of shape (N,).
+        others: the number of files with other extensions.
+        first_other: its class folder and name, bytes; empty if there is none.
     """
 
     names: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray
+    others: int
+    first_other: bytes
 
 
 def list_files(root: Path, classes: Sequence[str], cache: Path) -> Index:
@@ -60,26 +65,32 @@ def list_files(root: Path, classes: Sequence[str], cache: Path) -> Index:
     path = cache / f"files-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
     try:
         with np.load(path) as kept:
-            known = Index(kept["names"], kept["sizes"], kept["labels"])
+            known = Index(**{field: kept[field] for field in Index._fields})
+            known = known._replace(others=int(known.others), first_other=kept["first_other"].item())
             if kept["key"].item() == key and _sizes_hold(root, classes, known):
                 return known
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         pass
     with ThreadPoolExecutor(16) as pool:  # a network file system answers slowly, but many at once
         listed = list(pool.map(_list, [root / name for name in classes]))
+    passed = [os.fsencode(c) + b"/" + o for c, (_, others) in zip(classes, listed, strict=True) for o in others]
     found = Index(
-        names=np.array([name for files in listed for name, _ in files], dtype=np.bytes_),
-        sizes=np.array([size for files in listed for _, size in files], dtype=np.int64),
-        labels=np.repeat(np.arange(len(classes)), [len(files) for files in listed]),
+        names=np.array([name for files, _ in listed for name, _ in files], dtype=np.bytes_),
+        sizes=np.array([size for files, _ in listed for _, size in files], dtype=np.int64),
+        labels=np.repeat(np.arange(len(classes)), [len(files) for files, _ in listed]),
+        others=len(passed),
+        first_other=passed[0] if passed else b"",
     )
     _keep(path, key, found)
     return found
 
 
-def _list(folder: Path) -> list[tuple[bytes, int]]:
+def _list(folder: Path) -> tuple[list[tuple[bytes, int]], list[bytes]]:
+    """The images with their sizes, and the names of what is none."""
     with os.scandir(os.fsencode(folder)) as entries:
-        named = [e for e in entries if not e.name.startswith(b".") and e.name.lower().endswith(_ENDINGS)]
-        return sorted((e.name, _size(e)) for e in named)
+        shown = [e for e in entries if not e.name.startswith(b".")]
+        images = sorted((e.name, _size(e)) for e in shown if e.name.lower().endswith(_ENDINGS))
+        return images, sorted(e.name for e in shown if not e.name.lower().endswith(_ENDINGS) and e.is_file())
 
 
 def _size(file: os.PathLike[bytes] | os.PathLike[str]) -> int:
@@ -129,6 +140,7 @@ class IndexedFiles(ImageDataset):
         on_corrupt: whether files that are found broken are refused ("fail") or only named ("skip"): that a file is empty,
             its size tells.
         verify: decode every file once, to find the broken ones and to know the pixels.
+        recorded: what the folder held when the run began: what is lost since stays in the index; see `ImageDataModule.recall`.
 
     Raises:
         ValueError: if a class folder holds no images, or files are broken and not to be skipped.
@@ -145,19 +157,78 @@ class IndexedFiles(ImageDataset):
         crop: Crop,
         on_corrupt: OnCorrupt = "fail",
         verify: bool = False,
+        recorded: Recorded | None = None,
     ) -> None:
         super().__init__()
         self.root, self.classes = root, list(classes)
-        self.index = list_files(root, classes, cache)
-        empty = np.bincount(self.index.labels, minlength=len(classes)) == 0
-        if empty.any():
-            raise ValueError(f"{root / classes[int(empty.argmax())]} holds no images ({' '.join(EXTENSIONS)})")
         self.channels, self.size, self.crop = channels, size, crop
+        self.index = list_files(root, classes, cache)
+        if self.index.others:
+            report_others(self.index.others, str(root / os.fsdecode(self.index.first_other)))
+        if recorded is None:
+            self._check_classes()
         found = self._decode(np.arange(len(self)) if verify else np.flatnonzero(self.index.sizes == 0))
         self.digests = b"".join(d if isinstance(d, bytes) else bytes(32) for d in found) if verify else None
         broken = [line for line in found if isinstance(line, str)]
+        if recorded is not None and on_corrupt == "skip":
+            broken = self._restore(recorded) or broken
+        self._check_classes()
         if broken:
             report_broken(broken, len(self), on_corrupt, "others of their class stand in")
+
+    def _check_classes(self) -> None:
+        empty = np.bincount(self.index.labels, minlength=len(self.classes)) == 0
+        if empty.any():
+            name = self.classes[int(empty.argmax())]
+            raise ValueError(f"{self.root / name} holds no images ({' '.join(EXTENSIONS)})")
+
+    def record(self) -> dict[str, Any]:
+        """The files with their hashes or sizes, as plain data; see `Recorded`."""
+        names = [os.fsdecode(name) for name in self.index.names.tolist()]
+        return Recorded(names, self.index.labels.tolist(), self._marks())._asdict()
+
+    def _marks(self) -> list[str]:
+        """What is known of the content of each file, as text; "" of a broken one."""
+        if self.digests is None:
+            return [str(size) if size else "" for size in self.index.sizes.tolist()]
+        found = (self.digests[start : start + 32] for start in range(0, len(self.digests), 32))
+        return [digest.hex() if any(digest) else "" for digest in found]
+
+    def _restore(self, recorded: Recorded) -> list[str]:
+        """Take the files for what was recorded, if nothing but losses has befallen them; a line about each that is lost."""
+        places = zip(self.index.labels.tolist(), self.index.names.tolist(), strict=True)
+        now = dict(zip(places, self._marks(), strict=True))
+        names = [os.fsencode(name) for name in recorded.names]
+        known = dict(zip(zip(recorded.labels, names, strict=True), recorded.marks, strict=True))
+        if known == now or not set(recorded.labels) <= set(range(len(self.classes))):
+            return []
+
+        def good(place: tuple[int, bytes]) -> bool:
+            return bool(now[place]) if self.digests is not None else not self._flaw(*place)
+
+        if (gone := lost(known, now, good)) is None:
+            return []
+        sizes = [int(mark or 0) if self.digests is None else 0 for mark in recorded.marks]
+        self.index = self.index._replace(
+            names=np.array(names, np.bytes_),
+            sizes=np.array(sizes, np.int64),
+            labels=np.array(recorded.labels, np.int64),
+        )
+        if self.digests is not None:
+            self.digests = b"".join(bytes.fromhex(mark or "00" * 32) for mark in recorded.marks)
+        suspect = sorted(gone | {place for place, mark in known.items() if not mark})
+        return [line for place in suspect if (line := self._flaw(*place))]
+
+    def _flaw(self, label: int, name: bytes) -> str:
+        """Why a file cannot be decoded; "" if it can."""
+        try:
+            self._read(self.root / self.classes[label] / os.fsdecode(name))
+        except BrokenImageError as error:
+            return str(error)
+        return ""
+
+    def _read(self, path: Path) -> Tensor:
+        return decode(path, channels=self.channels, size=self.size, crop=self.crop)
 
     @property
     def labels(self) -> np.ndarray:
@@ -178,7 +249,7 @@ class IndexedFiles(ImageDataset):
         Raises:
             BrokenImageError: if its file cannot be decoded.
         """
-        return decode(self.path(index), channels=self.channels, size=self.size, crop=self.crop)
+        return self._read(self.path(index))
 
     def label(self, index: int) -> int:
         """The class of image `index`."""

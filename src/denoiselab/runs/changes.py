@@ -14,7 +14,6 @@ from denoiselab.runs.errors import ConfigError
 
 UNSAID = ("allow", "name", "resume", "run", "runs", "trust")  # about the command, not the run
 FREE = (
-    "callbacks",
     "compile",
     "datamodule.cache",
     "datamodule.download",
@@ -35,6 +34,17 @@ FREE = (
     "trainer.num_nodes",
     "trainer.threads",
     "trainer.val_every",
+)
+# Of Lightning's callbacks those that only watch, or end a run; others change how it trains. Ours may all change.
+WATCHING = (
+    "DeviceStatsMonitor",
+    "EarlyStopping",
+    "LearningRateMonitor",
+    "ModelSummary",
+    "RichModelSummary",
+    "RichProgressBar",
+    "Timer",
+    "TQDMProgressBar",
 )
 _ABSENT = object()
 
@@ -70,6 +80,26 @@ def below(key: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
+def _is_free(key: str, *configs: dict[str, Any]) -> bool:
+    """Whether a key may change between these configs; one of a callback if that changes no training in any of them."""
+    first, _, rest = key.partition(".")
+    if first != "callbacks" or not rest:
+        return below(key, (*FREE, "callbacks"))
+    groups = [config.get("callbacks") for config in configs]
+    nodes = [group.get(rest.partition(".")[0]) for group in groups if isinstance(group, dict)]
+    return all(
+        _only_watches(node.get("_target_") if isinstance(node, dict) else "") for node in nodes if node is not None
+    )
+
+
+def _only_watches(target: Any) -> bool:
+    """Whether a callback is one of ours, or among `WATCHING`."""
+    if not isinstance(target, str):
+        return False
+    of_lightning = target.startswith("lightning.pytorch.callbacks.") and target.rpartition(".")[2] in WATCHING
+    return of_lightning or target.startswith("denoiselab.")
+
+
 def check_changes(old: dict[str, Any], new: dict[str, Any], allow: Sequence[str]) -> list[str]:
     """The differences that are harmless or allowed, as lines for the log.
 
@@ -83,7 +113,7 @@ def check_changes(old: dict[str, Any], new: dict[str, Any], allow: Sequence[str]
     """
     changed = {key: values for key, values in differences(old, new).items() if not below(key, UNSAID)}
     lines = {key: f"{key} {was} → {now}" for key, (was, now) in changed.items()}
-    refused = [key for key in changed if not below(key, FREE) and not below(key, allow)]
+    refused = [key for key in changed if not _is_free(key, old, new) and not below(key, allow)]
     if refused:
         raise ConfigError(
             f"resume: {', '.join(lines[key] for key in refused)}: would change what the run means; to do so all the same, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -14,7 +15,7 @@ import stat
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.secrets import redact
 
 CONFIG, COMMAND, VERSIONS, SUMMARY = "config.json", "command.json", "versions.json", "summary.json"
+DATA = "data.json"  # which files a set is made of, where single ones may break
 ID = "id"  # of the run, in W&B for example: kept, so that a resumed run is the same one
 LOCK, WRITING = ".lock", ".writing"  # held by the process that was started, and by that of rank 0
 SENDING = ".sending"  # held by the process that sends the run to W&B
@@ -44,6 +46,8 @@ PACKAGES = (
     "numpy",
 )
 MOST_BYTES, MOST_JSON_BYTES, MOST_DEPTH = 1 << 30, 1 << 26, 100  # of what is read of a run, far above what one writes
+SOURCES = (":/*.py", ":/*.yaml")  # of a checkout: what makes a run come out otherwise
+MOST_SOURCES, MOST_SOURCE_BYTES = 1000, 1 << 24
 log = logging.getLogger(__name__)
 
 
@@ -311,13 +315,17 @@ def cache_folder() -> Path:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit, branch and changed files of the checkout that holds `folder`, or that it is a copy of; None outside one."""
+    """Commit, branch and changed files of the checkout that holds `folder`, or that it is a copy of; None outside one.
+
+    `changes_sha256` is of the names and contents of the `SOURCES` that are not as committed; None if there are none.
+    """
     if copied := next((f for p in (folder, *folder.parents) if (f := p / GIT).is_file()), None):
         return json.loads(copied.read_text())
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+        done = subprocess.run(command, capture_output=True, check=True, timeout=20)
+        return os.fsdecode(done.stdout).strip()
 
     try:
         if "site-packages" in folder.parts:
@@ -326,9 +334,22 @@ def git_state(folder: Path) -> dict[str, Any] | None:
             "commit": git("rev-parse", "HEAD"),
             "branch": git("rev-parse", "--abbrev-ref", "HEAD"),
             "changed_files": git("status", "--porcelain").splitlines(),
+            "changes_sha256": _changes(Path(git("rev-parse", "--show-toplevel")), git),
         }
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _changes(top: Path, git: Callable[..., str]) -> str | None:
+    changed = git("diff", "HEAD", "--name-only", "--no-renames", "-z", "--", *SOURCES)
+    new = git("ls-files", "--others", "--exclude-standard", "--full-name", "-z", "--", *SOURCES)
+    names = sorted({name for name in (changed + new).split("\0") if name})
+    digest = hashlib.sha256()
+    for name in names[:MOST_SOURCES]:
+        path = top / name
+        content = path.read_bytes() if path.is_file() and path.stat().st_size <= MOST_SOURCE_BYTES else b""
+        digest.update(os.fsencode(name) + f"\0{path.is_file()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest() if names else None
 
 
 def command_line() -> list[str]:
