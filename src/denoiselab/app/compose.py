@@ -83,8 +83,12 @@ def answering() -> Iterator[None]:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
         mistake = isinstance(error, ConfigError)
-        print(f"config error: {one_line(str(error))}" if mistake else f"error: {error}", file=sys.stderr)
+        print(f"config error: {one_line(str(error))}" if mistake else f"error: {cause(error)}", file=sys.stderr)
         sys.exit(2 if mistake else 1)
+    except Exception as error:
+        traceback.print_exc()
+        print(f"error: {cause(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 class Composed:
@@ -177,6 +181,11 @@ def _set_environment(environment: dict[str, str]) -> None:
     for key in set(os.environ) - set(environment):
         del os.environ[key]
     os.environ.update(environment)
+
+
+def cause(error: BaseException) -> str:
+    """Why a command failed, in one line."""
+    return one_line(str(error) if isinstance(error, ConfigError | RankError) else f"{type(error).__name__}: {error}")
 
 
 def one_line(text: str) -> str:
