@@ -21,6 +21,7 @@ from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import COMMAND, CONFIG, write_json
 from denoiselab.training.checkpoint import (
     FOLDER,
+    SCHEMA,
     checkpoints_of,
     load_checkpoint,
     newest_checkpoint,
@@ -46,6 +47,9 @@ TINY = [
 ]
 
 
+EMPTY = {"schema": SCHEMA, "config": {}, "ema": {}, "ema_updates": 0, "state_dict": {}}
+
+
 def start_at(run=None, resume="none"):
     return find_start({"run": None if run is None else str(run), "resume": str(resume)})
 
@@ -55,7 +59,7 @@ def begun(folder, *steps, damaged=()):
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text("{}")
     for step in steps:
-        write_checkpoint({"global_step": step}, folder / FOLDER / step_name(step))
+        write_checkpoint(EMPTY | {"global_step": step}, folder / FOLDER / step_name(step))
     for step in damaged:
         path = folder / FOLDER / step_name(step)
         path.write_bytes(path.read_bytes()[:-100])
@@ -126,6 +130,15 @@ def test_auto_skips_what_is_damaged_and_says_so(tmp_path):
         f"checkpoint={run / FOLDER / step_name(step)}" for step in (10, 9)
     ]
     assert "damaged" in start.damaged[0]
+
+
+def test_auto_skips_a_whole_file_that_is_no_checkpoint_of_a_run(tmp_path):
+    run = begun(tmp_path / "run", 8)
+    newer = run / FOLDER / step_name(9)
+    write_checkpoint({"x": 1}, newer)
+    start = start_at(run, "auto")
+    assert start.checkpoint == run / FOLDER / step_name(8)
+    assert start.damaged == (f"checkpoint={newer}: layout None is not the layout {SCHEMA} that this version reads",)
 
 
 @pytest.mark.parametrize("by_name", [False, True])

@@ -213,7 +213,7 @@ def _fit(
         stopped = as_stopped(error, asked)
         if stopped is None:
             other = "another process of the job failed"
-            problem = other if isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
+            problem = other if isinstance(error, Stopped) else cause(error)
             log.exception("the run ended early")
             raise
         status, problem = stopped.status, str(stopped)
