@@ -82,7 +82,11 @@ def test_what_happens_to_checkpoints_is_said_on_the_terminal_where_the_log_has_n
     monkeypatch.setattr(checkpoint_io, "write_checkpoint", full_at_first)
     monkeypatch.setattr(train, "open_own", lambda path, mode: Full())
     small = ["backbone.width=8", "backbone.multipliers=[1]", "backbone.attention_resolutions=[]", "trainer.max_steps=2"]
-    saving = ["callbacks.checkpoints.every=1", "callbacks.checkpoints.reserve_gb=1e9"]
+    saving = [
+        "callbacks.checkpoints.every=1",
+        "callbacks.checkpoints.reserve_gb=1e9",
+        "callbacks.checkpoints.best=null",
+    ]
     plain = ["datamodule.batch_size=4", "schedule.warmup_steps=0", "trainer.threads=1", "callbacks.pictures=null"]
     done = call("train", *QUIET, *small, *saving, *plain, "run=run", cwd=tmp_path)
     assert done.code == 0, done.err
