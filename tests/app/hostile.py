@@ -127,7 +127,6 @@ def _limit() -> None:
         raise TimeoutError("takes too long")
 
     signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY,) * 2)
 
@@ -135,6 +134,7 @@ def _limit() -> None:
 def _outcome(function: Callable[[], Any]) -> Outcome:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     kind = message = ""
+    signal.alarm(SECONDS)
     with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
         try:
             function()

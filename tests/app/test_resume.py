@@ -16,11 +16,12 @@ from calls import QUIET, call
 from PIL import Image
 
 from denoiselab.app import job
-from denoiselab.app.resume import Start, find_start, key_of, restore_overrides, restored
+from denoiselab.app.resume import Start, _saved_before, find_start, key_of, restore_overrides, restored
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import COMMAND, CONFIG
+from denoiselab.runs.folder import COMMAND, CONFIG, write_json
 from denoiselab.training.checkpoint import (
     FOLDER,
+    SCHEMA,
     checkpoints_of,
     load_checkpoint,
     newest_checkpoint,
@@ -46,6 +47,9 @@ TINY = [
 ]
 
 
+EMPTY = {"schema": SCHEMA, "config": {}, "ema": {}, "ema_updates": 0, "state_dict": {}}
+
+
 def start_at(run=None, resume="none"):
     return find_start({"run": None if run is None else str(run), "resume": str(resume)})
 
@@ -55,7 +59,7 @@ def begun(folder, *steps, damaged=()):
     folder.mkdir(parents=True)
     (folder / CONFIG).write_text("{}")
     for step in steps:
-        write_checkpoint({"global_step": step}, folder / FOLDER / step_name(step))
+        write_checkpoint(EMPTY | {"global_step": step}, folder / FOLDER / step_name(step))
     for step in damaged:
         path = folder / FOLDER / step_name(step)
         path.write_bytes(path.read_bytes()[:-100])
@@ -126,6 +130,15 @@ def test_auto_skips_what_is_damaged_and_says_so(tmp_path):
         f"checkpoint={run / FOLDER / step_name(step)}" for step in (10, 9)
     ]
     assert "damaged" in start.damaged[0]
+
+
+def test_auto_skips_a_whole_file_that_is_no_checkpoint_of_a_run(tmp_path):
+    run = begun(tmp_path / "run", 8)
+    newer = run / FOLDER / step_name(9)
+    write_checkpoint({"x": 1}, newer)
+    start = start_at(run, "auto")
+    assert start.checkpoint == run / FOLDER / step_name(8)
+    assert start.damaged == (f"checkpoint={newer}: layout None is not the layout {SCHEMA} that this version reads",)
 
 
 @pytest.mark.parametrize("by_name", [False, True])
@@ -536,12 +549,21 @@ def test_a_run_whose_checkpoints_are_gone_never_starts_over(run, left):
     assert (run / "trace.csv").read_bytes() == trace
 
 
+@pytest.mark.parametrize(("steps", "asynchronous", "saved"), [(2, 0, 0), (3, 0, 3), (4, 1, 0), (5, 1, 5)])
+def test_what_a_run_must_have_saved(tmp_path, steps, asynchronous, saved):
+    saver = {"_target_": "denoiselab.training.saving.Checkpoints", "every": 2, "asynchronous": bool(asynchronous)}
+    write_json(tmp_path / "config.json", {"callbacks": {"checkpoints": saver, "pictures": None}})
+    (tmp_path / "starts.jsonl").write_text('{"step": 0}\n')
+    (tmp_path / "trace.csv").write_text("step,loss\n" + "".join(f"{step + 1},1.0\n" for step in range(steps)))
+    assert _saved_before(tmp_path) == saved
+
+
 def test_a_run_that_was_killed_before_its_first_save_begins_again_and_says_so(run):
     for path in (run / FOLDER).iterdir():
         path.unlink()
     whole = rows(run, "trace.csv")
     lines = (run / "trace.csv").read_text().splitlines(keepends=True)
-    (run / "trace.csv").write_text("".join(lines[:4]))  # three steps: the second save is at the fourth
+    (run / "trace.csv").write_text("".join(lines[:3]))  # two steps: the save is at the second
     done = go_on(run.parent, "run=run", "resume=auto")
     assert done.code == 0, done.err
     assert "no checkpoint yet: begins again at step 0" in done.out

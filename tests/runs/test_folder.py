@@ -11,6 +11,7 @@ from datetime import datetime
 
 import pytest
 
+from denoiselab.runs import folder as folders
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import (
     CONFIG,
@@ -325,3 +326,14 @@ def test_what_is_no_plain_data(run, text):
 def test_plain_data_may_be_nested():
     assert from_json(nested(MOST_DEPTH)) == json.loads(nested(MOST_DEPTH))
     assert from_json('{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
+
+
+def test_what_is_made_is_on_the_disk_with_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(folders, "sync_folder", synced.append)
+    run = folders.make_run_folder(tmp_path / "a" / "runs", "x")
+    assert synced == [tmp_path / "a", tmp_path, tmp_path / "a" / "runs"]
+    folders.make_folder(tmp_path / "named")
+    folders.make_folder(tmp_path / "named")
+    folders.write_text(run / "note", "x")
+    assert synced[3:] == [tmp_path, run]

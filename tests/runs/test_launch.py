@@ -79,7 +79,7 @@ def test_a_signal_is_handed_on_however_early_it_comes(tmp_path, monkeypatch, sec
 def test_a_failing_rank_names_its_cause():
     with pytest.raises(RankError) as caught:
         launch(fail, (1,), 2)
-    assert str(caught.value) == "rank 1 failed: ValueError: the cause"
+    assert str(caught.value) == "rank 1 failed: ValueError: the cause and much more on the next line"
 
 
 @pytest.mark.slow

@@ -154,6 +154,8 @@ class Failing(Recorder):
     def __init__(self, patch, number, code):
         self.left, self.code, self.reached = number, code, False
         super().__init__(patch)
+        for name in ("stat", "listdir", "statvfs"):
+            patch.setattr(os, name, self.look(name))
 
     def fail(self):
         self.left -= 1
@@ -174,6 +176,15 @@ class Failing(Recorder):
     def fsync(self, descriptor):
         self.fail()
         self.real["fsync"](descriptor)
+
+    def look(self, name):
+        real = getattr(os, name)
+
+        def look(*arguments, **rest):
+            self.fail()
+            return real(*arguments, **rest)
+
+        return look
 
     def replace(self, source, target):
         self.fail()

@@ -10,6 +10,7 @@ from tiny import fit, tiny_module
 
 from denoiselab.training import saving
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of, load_checkpoint, step_name, step_of
+from denoiselab.training.checkpoint_io import link_atomically
 from denoiselab.training.monitor import NoiseLevelValidation
 from denoiselab.training.saving import BEST, BEST_NOTE, Checkpoints
 
@@ -43,6 +44,7 @@ def test_the_best_of_a_run(tmp_path, asynchronous):
         "metric": "val",
         "value": value_of(11),
         "mode": "min",
+        "before": {"step": 7, "value": value_of(7)},
     }
     for step in (13, 14):
         trainer.step(step)
@@ -171,6 +173,53 @@ def test_a_best_that_cannot_be_written_costs_no_checkpoint(tmp_path, monkeypatch
     assert caplog.messages == [f"checkpoint={tmp_path / FOLDER / BEST}: could not be written (Disk quota exceeded)"]
     assert trainer.checkpoints.last_failure is None
     assert steps_in(tmp_path) == [1]
+
+
+def no_best(source, target):
+    if target.name == BEST:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    link_atomically(source, target)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_best_that_could_not_be_linked_is_kept_until_it_is(tmp_path, monkeypatch, again):
+    trainer = start(tmp_path)
+    for step in (1, 2, 3):
+        trainer.step(step)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "link_atomically", no_best)
+        for step in (4, 8, 9, 10):  # the best, and three worse ones
+            trainer.step(step)
+        assert load_checkpoint(tmp_path / FOLDER / BEST)["global_step"] == 2
+        assert steps_in(tmp_path) == [4, 9, 10]
+        if again:
+            trainer = start(tmp_path)
+            trainer.step(12)
+            assert steps_in(tmp_path) == [4, 10, 12]
+    if not again:
+        trainer.step(12)  # the same process tries again by itself
+        assert best_of(tmp_path) == 4
+        assert steps_in(tmp_path) == [10, 12]
+    trainer = start(tmp_path)
+    assert best_of(tmp_path) == 4
+    trainer.step(13)
+    assert best_of(tmp_path) == 4
+    assert is_whole(tmp_path / FOLDER / BEST)
+
+
+def test_the_best_before_counts_where_the_next_is_lost(tmp_path, monkeypatch, caplog):
+    trainer = start(tmp_path)
+    trainer.step(2)
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "link_atomically", no_best)
+        trainer.step(4)
+    (tmp_path / FOLDER / step_name(4)).write_bytes(b"damaged")
+    trainer = start(tmp_path)
+    assert f"{tmp_path / FOLDER / BEST_NOTE}: is of step 4, and its checkpoint is gone" in caplog.messages
+    trainer.step(12)  # worse than that of step 2
+    assert load_checkpoint(tmp_path / FOLDER / BEST)["global_step"] == 2
+    trainer.step(6)  # better
+    assert best_of(tmp_path) == 6
 
 
 def test_the_best_by_validation_of_a_real_run(tmp_path):

@@ -15,6 +15,7 @@ from tiny import equal, fit, tiny_module, weights_of
 
 from denoiselab.training import saving
 from denoiselab.training.checkpoint import (
+    FOLDER,
     SCHEMA,
     checkpoints_of,
     environment,
@@ -37,7 +38,7 @@ def test_steps_are_compared_as_numbers(tmp_path):
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     for name in ("step_9999999.ckpt", "step_10000000.ckpt", "step_0000001.ckpt", "step_x.ckpt", "best.ckpt"):
-        write_checkpoint({"a": 1}, folder / name)
+        write_checkpoint(content_of(10_000_000), folder / name)
     assert newest_checkpoint(tmp_path).name == "step_10000000.ckpt"
     assert [step_of(path) for path in checkpoints_of(folder)] == [1, 9999999, 10000000]
     assert step_name(9999999) == "step_9999999.ckpt"
@@ -460,6 +461,37 @@ def test_the_newest_good_one(tmp_path):
     assert written_step(newest) == 2
     assert damaged == [f"checkpoint={tmp_path / step_name(3)}: {verify(tmp_path / step_name(3))}"]
     assert (tmp_path / step_name(3)).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda whole: {"x": 1}, "layout None is not the layout"),
+        (lambda whole: whole | {"schema": 99}, "layout 99 is not the layout"),
+        (lambda whole: {key: value for key, value in whole.items() if key != "ema"}, "has no ema;"),
+        (lambda whole: whole | {"global_step": 4}, "is of step 4"),
+        (
+            lambda whole: whole | {"state_dict": {"network.w": torch.tensor([1.0, torch.nan])}},
+            "network.w is not finite",
+        ),
+        (lambda whole: whole | {"ema": {"ema": {"w": torch.tensor([torch.inf])}}}, "ema.w is not finite"),
+    ],
+)
+def test_a_whole_file_that_no_run_can_go_on_from_is_skipped(tmp_path, caplog, change, reason):
+    folder = tmp_path / FOLDER
+    write_checkpoint(content_of(2), folder / step_name(2))
+    write_checkpoint(change(content_of(3)), folder / step_name(3))
+    assert verify(folder / step_name(3)) is None
+    assert newest_checkpoint(tmp_path) == folder / step_name(2)
+    (line,) = caplog.messages
+    assert line.startswith(f"checkpoint={folder / step_name(3)}: ")
+    assert reason in line
+
+
+def test_a_mask_may_be_infinite(tmp_path):
+    masked = {"state_dict": {"network.mask": torch.tensor([-torch.inf, 0.0])}}
+    write_checkpoint(content_of(1) | masked, tmp_path / step_name(1))
+    assert newest_valid(tmp_path) == (tmp_path / step_name(1), [])
 
 
 def test_compiling_changes_no_key(tmp_path):

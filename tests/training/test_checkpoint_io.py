@@ -3,12 +3,16 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections import defaultdict
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from crashes import Recorder, content_of, is_content, is_whole
 from tiny import equal, fit, tiny_module, weights_of
 
+from denoiselab.runs import folder
 from denoiselab.training import checkpoint_io
 from denoiselab.training.checkpoint import load_checkpoint, newest_checkpoint, step_name, verify
 from denoiselab.training.checkpoint_io import (
@@ -35,7 +39,7 @@ def test_a_checkpoint_is_written_under_its_name_alone(tmp_path):
 def test_a_file_and_its_name_are_on_disk_one_after_the_other(tmp_path, monkeypatch):
     recorder = Recorder(monkeypatch)
     read = []
-    monkeypatch.setattr(checkpoint_io, "verify", lambda path: read.append((path.name, len(recorder.log))))
+    monkeypatch.setattr(checkpoint_io, "read_back", lambda path: read.append((path.name, len(recorder.log))))
     write_checkpoint({"a": 1}, tmp_path / "a.ckpt")
     order = [(kind, *rest[:2]) for kind, *rest in recorder.log if kind != "write"]
     assert order == [
@@ -49,7 +53,8 @@ def test_a_file_and_its_name_are_on_disk_one_after_the_other(tmp_path, monkeypat
 
 def test_a_new_folder_is_on_disk_too(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(checkpoint_io, "_sync_folder", synced.append)
+    for module in (checkpoint_io, folder):
+        monkeypatch.setattr(module, "sync_folder", synced.append)
     for _ in range(2):
         write_checkpoint({"a": 1}, tmp_path / "new" / "a.ckpt")
     assert synced == [tmp_path, tmp_path / "new", tmp_path / "new"]
@@ -116,6 +121,26 @@ def test_a_mistake_in_the_program_is_no_failure_of_the_disk(tmp_path):
         io = AtomicCheckpointIO(asynchronous=asynchronous)
         with pytest.raises((AttributeError, TypeError), match="local object|generator|pickle"):  # noqa: PT012
             io.save_checkpoint({"a": lambda: None}, tmp_path / "a.ckpt")
+            io.wait()
+        assert names(tmp_path) == []
+        io.teardown()
+
+
+@pytest.mark.parametrize(
+    ("odd", "name"),
+    [
+        (numpy.float64(1), "numpy"),
+        (Path("a"), "pathlib"),
+        (defaultdict(int), "collections.defaultdict"),
+        (frozenset({1}), "frozenset"),
+        (1j, "complex"),
+    ],
+)
+def test_what_is_no_plain_data_is_no_failure_of_the_disk(tmp_path, odd, name):
+    for asynchronous in (False, True):
+        io = AtomicCheckpointIO(asynchronous=asynchronous)
+        with pytest.raises(TypeError, match=rf"\Acheckpoint=.*a\.ckpt: cannot be saved: it names '.*{name}.*\Z"):  # noqa: PT012
+            io.save_checkpoint(content_of(1) | {"callbacks": {"mine": {"state": odd}}}, tmp_path / "a.ckpt")
             io.wait()
         assert names(tmp_path) == []
         io.teardown()

@@ -64,9 +64,18 @@ def test_no_more_files_than_said_are_there_at_once(tmp_path, monkeypatch, best, 
     assert max(seen) == trainer.checkpoints.most_files
 
 
-def test_little_space_is_warned_of(tmp_path, caplog):
+def full(checkpoint, file):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_little_space_is_warned_of(tmp_path, caplog, monkeypatch):
     start(tmp_path, reserve_gb=0.0).step(1)
     assert caplog.messages == []
-    start(tmp_path, reserve_gb=1e9).step(2)
-    assert len(caplog.messages) == 1
-    assert "GB are left on its disk (reserve_gb=1e+09)" in caplog.messages[0]
+    trainer = start(tmp_path, reserve_gb=1e9)
+    assert len(caplog.messages) == 1  # before anything is trained
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", full)
+        trainer.step(2)
+    said = [message for message in caplog.messages if "GB are left on its disk (reserve_gb=1e+09)" in message]
+    assert len(said) == 2  # and before a save that then fails
+    assert trainer.checkpoints.last_failure is not None

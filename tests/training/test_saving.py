@@ -225,6 +225,49 @@ def test_a_second_rank_learns_of_a_failure_and_touches_no_file(tmp_path, monkeyp
         trainer.checkpoints.on_train_end(trainer)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_mistake_in_the_program_is_raised_once(tmp_path, monkeypatch, asynchronous):
+    trainer = start(tmp_path, asynchronous=asynchronous)
+    trainer.step(1)
+    trainer.checkpoints.settle(trainer)
+    with monkeypatch.context() as patch:
+        patch.setattr("crashes.content_of", lambda step, size: {"state": Path("x")})
+        trainer.global_step = 2
+        with pytest.raises(TypeError, match="names 'pathlib"):
+            save_now(trainer)
+    trainer.checkpoints.on_exception(trainer)  # has nothing to add
+    save_now(trainer)
+    assert steps_in(tmp_path) == [1, 2]
+
+
+def test_a_mistake_in_the_background_does_not_hide_what_ended_the_run(tmp_path, monkeypatch, caplog):
+    trainer = start(tmp_path, asynchronous=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("crashes.content_of", lambda step, size: {"state": Path("x")})
+        trainer.step(1)
+        trainer.checkpoints.on_exception(trainer, None, RuntimeError("first"))
+    assert len(caplog.messages) == 1
+    assert "step_0000001.ckpt: could not be written (checkpoint=" in caplog.messages[0]
+
+
+def test_a_disk_that_fails_after_a_save_costs_no_run(tmp_path, monkeypatch, caplog):
+    trainer = start(tmp_path)
+    for step in (1, 2):
+        trainer.step(step)
+
+    def stale(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        for name in ("checkpoints_of", "_free"):
+            patch.setattr(saving, name, stale)
+        trainer.step(3)
+    assert trainer.checkpoints.last_failure is None
+    assert caplog.messages == [f"{tmp_path / FOLDER}: old checkpoints could not be deleted (Stale file handle)"]
+    trainer.step(4)
+    assert steps_in(tmp_path) == [3, 4]
+
+
 # --- which are kept ---
 
 
@@ -246,7 +289,7 @@ def test_a_file_is_read_back_once_in_a_process(tmp_path, monkeypatch):
     for step in (1, 2, 3):
         write_checkpoint(content_of(step), tmp_path / FOLDER / step_name(step))
     read = []
-    monkeypatch.setattr(saving, "verify", lambda path: read.append(step_of(path)))
+    monkeypatch.setattr(saving, "flaw_of", lambda path: read.append(step_of(path)))
     trainer = start(tmp_path, keep=3)
     for step in (4, 5):
         trainer.step(step)

@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 from lightning.pytorch.callbacks import Callback
@@ -15,7 +16,7 @@ from denoiselab.runs.errors import Stopped
 from denoiselab.runs.signals import STOPPING
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of, load_checkpoint
 from denoiselab.training.saving import Checkpoints
-from denoiselab.training.signals import StopOnSignal, _early, before_training, stoppable
+from denoiselab.training.signals import Name, StopOnSignal, _early, before_training, stoppable
 
 
 class Sender(Callback):
@@ -197,3 +198,9 @@ def test_a_late_look_comes_so_many_steps_later(monkeypatch):
     callback._group, callback._lag = object(), 4
     assert [callback._agreed() for _ in range(7)] == [0, 0, 0, 0, 0, 0, signal.SIGUSR1]
     assert len(reduced) == 7
+
+
+def test_what_ends_a_job_is_always_listened_to():
+    assert StopOnSignal(signals=[]).signals == [signal.SIGTERM, signal.SIGINT]
+    offered = {signal.Signals[name] for name in get_args(Name)}
+    assert offered == STOPPING  # what the launcher of several ranks hands on

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,7 +36,19 @@ SMALL = [
 ]
 TWO_RANKS = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 TROUBLE = """
+import os
+import signal
+from pathlib import Path
+
 from lightning.pytorch.callbacks import Callback
+from torch.utils.data import get_worker_info
+
+from denoiselab.data.dataset import InMemoryImages
+
+
+def fail():
+    Path("began").touch()
+    raise RuntimeError("deliberate trouble\\nof several lines")
 
 
 class Trouble(Callback):
@@ -44,8 +57,26 @@ class Trouble(Callback):
 
     def on_train_batch_end(self, trainer, module, *rest):
         if trainer.global_rank == self.rank and trainer.global_step == 3:
-            raise RuntimeError("deliberate trouble")
+            fail()
+
+
+class TroubleInAWorker(Callback):
+    def __init__(self, *, killed: bool) -> None:
+        self.killed, self.images = killed, 0
+
+    def setup(self, trainer, module, stage):
+        real = InMemoryImages.image
+
+        def image(samples, index):
+            self.images += get_worker_info() is not None
+            if self.images > 20 and self.killed:
+                Path("began").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return fail() if self.images > 20 else real(samples, index)
+
+        InMemoryImages.image = image
 """
+CAUSE = "RuntimeError: deliberate trouble of several lines"
 
 
 @dataclass
@@ -53,6 +84,7 @@ class Job:
     code: int
     output: str
     folders: list[Path]
+    ended: float
 
     @property
     def folder(self):
@@ -85,11 +117,12 @@ def run(folder, *overrides):
     job = begin(folder, *overrides)
     try:
         out, err = job.communicate(timeout=150)
+        ended = time.time()
     except subprocess.TimeoutExpired:
         os.killpg(job.pid, signal.SIGKILL)
         raise
     folders = sorted((folder / "runs").iterdir()) if (folder / "runs").is_dir() else []
-    return Job(job.returncode, out + err, folders)
+    return Job(job.returncode, out + err, folders, ended)
 
 
 def begin(folder, *overrides):
@@ -112,6 +145,12 @@ def wait_until(condition, seconds=100):
     while not condition() and time.monotonic() < end:
         time.sleep(0.1)
     assert condition()
+
+
+def catches(pid, number):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"^SigCgt:\s*(\w+)", status, re.MULTILINE)[1], 16) >> (number - 1) & 1
 
 
 def trouble(rank):
@@ -245,35 +284,50 @@ def test_two_ranks_validate_and_measure_what_one_does(one_rank, two_ranks):
     assert "fd_digits_21" in two_ranks.summary()["metrics"]
 
 
+def check_the_end(job, pattern):
+    """The first cause is the last line that is printed and logged, and the job ended within a minute."""
+    assert job.code == 1
+    last = job.output.splitlines()[-1]
+    assert re.fullmatch(f"error: {pattern}", last), job.output
+    assert (job.folder / "train.log").read_text().splitlines()[-1].endswith(f" ERROR denoiselab: {last[7:]}")
+    assert job.ended - (job.folder.parents[1] / "began").stat().st_mtime < 60
+    assert job.summary()["status"] == "failed"
+    assert job.wandb_exit() == [1]
+
+
 def test_a_failing_job_says_so(tmp_path):
     job = run(tmp_path, *trouble(0))
-    assert job.code == 1
-    assert "deliberate trouble" in job.output
+    check_the_end(job, CAUSE)
     summary = job.summary()
-    assert summary["status"] == "failed"
-    assert summary["error"] == "RuntimeError: deliberate trouble"
+    assert summary["error"] == CAUSE
     assert summary["steps"] == 3
-    assert "deliberate trouble" in (job.folder / "train.log").read_text()
-    assert job.wandb_exit() == [1]
     assert summary["checkpoint"] == "checkpoints/step_0000002.ckpt"  # what was saved before stays
 
 
 def test_one_failing_rank_ends_the_whole_job(tmp_path):
     job = run(tmp_path, *trouble(1), *TWO_RANKS)
-    assert job.code == 1
-    assert "rank 1 failed" in job.output
-    assert "deliberate trouble" in job.output
-    assert job.summary()["status"] == "failed"
-    assert job.wandb_exit() == [1]
+    check_the_end(job, f"rank 1 failed: {CAUSE}")
 
 
 @pytest.mark.slow
 def test_rank_0_failing_ends_the_whole_job(tmp_path):
     job = run(tmp_path, *trouble(0), *TWO_RANKS)
-    assert job.code == 1
-    assert "rank 0 failed" in job.output
-    assert job.summary()["error"] == "RuntimeError: deliberate trouble"
-    assert job.wandb_exit() == [1]
+    check_the_end(job, f"rank 0 failed: {CAUSE}")
+    assert job.summary()["error"] == CAUSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("killed", "pattern"),
+    [
+        (False, f"RuntimeError: Caught RuntimeError in DataLoader worker .*{CAUSE}"),
+        (True, ".*DataLoader worker .*pid.*"),
+    ],
+)
+def test_a_failing_worker_ends_the_job(tmp_path, killed, pattern):
+    target = "+callbacks.trouble._target_=trouble.TroubleInAWorker"
+    job = run(tmp_path, target, f"+callbacks.trouble.killed={killed}", "metrics=none", "datamodule.num_workers=1")
+    check_the_end(job, pattern)
 
 
 @pytest.mark.slow
@@ -309,7 +363,7 @@ def test_a_signal_to_all_processes_stops_the_job_whenever_it_comes(tmp_path, nam
     awaited = {"nothing": "", "the log": "run/train.log", "a checkpoint": f"run/checkpoints/{step_name(2)}"}[wait_for]
     wait_until(lambda: (tmp_path / awaited).exists() or job.poll() is not None)
     if wait_for == "nothing":
-        time.sleep(2)  # while it imports
+        wait_until(lambda: catches(job.pid, signal.SIGTERM))  # from then on it imports
     os.killpg(job.pid, getattr(signal, name))
     _, err = job.communicate(timeout=100)
     assert job.returncode == code, err

@@ -84,15 +84,17 @@ def answering() -> Iterator[None]:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
         mistake = isinstance(error, ConfigError)
-        print(f"config error: {one_line(str(error))}" if mistake else f"error: {error}", file=sys.stderr)
+        print(f"config error: {one_line(str(error))}" if mistake else f"error: {cause(error)}", file=sys.stderr)
         sys.exit(2 if mistake else 1)
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
-            raise
-        path = str(error.filename)  # which nobody but the user can have thought of
-        typed = next((a for a in sys.argv[1:] if (value := a.partition("=")[2].strip("'\"")) and value in path), path)
-        print(f"config error: {one_line(f'{typed}: {error.strerror}')}", file=sys.stderr)
-        sys.exit(2)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            path = str(error.filename)  # which nobody but the user can have thought of
+            given = (a for a in sys.argv[1:] if (value := a.partition("=")[2].strip("'\"")) and value in path)
+            print(f"config error: {one_line(f'{next(given, path)}: {error.strerror}')}", file=sys.stderr)
+            sys.exit(2)
+        traceback.print_exc()
+        print(f"error: {cause(error)}", file=sys.stderr)
+        sys.exit(1)
 
 
 class Composed:
@@ -185,6 +187,11 @@ def _set_environment(environment: dict[str, str]) -> None:
     for key in set(os.environ) - set(environment):
         del os.environ[key]
     os.environ.update(environment)
+
+
+def cause(error: BaseException) -> str:
+    """Why a command failed, in one line."""
+    return one_line(str(error) if isinstance(error, ConfigError | RankError) else f"{type(error).__name__}: {error}")
 
 
 def one_line(text: str) -> str:

@@ -34,6 +34,7 @@ from denoiselab.runs.folder import (
     check_own,
     command_line,
     held,
+    make_durably,
     make_folder,
     make_run_folder,
     versions,
@@ -185,7 +186,7 @@ def open_folder(
         elif (folder / CONFIG).exists():
             raise ConfigError(f"run={folder}: another process has just begun a run there")
         elif start.checkpoint is not None:  # of another run: from here on, this one's own
-            (folder / FOLDER).mkdir(exist_ok=True)
+            make_durably(folder / FOLDER)
             link_atomically(start.checkpoint, _as_own(start.checkpoint, folder / FOLDER))
         write_json(folder / COMMAND, {"command": command_line(), **how})
         write_json(folder / VERSIONS, versions())

@@ -223,7 +223,8 @@ def _newest(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
 def _saved_before(folder: Path) -> int:
     """The step that a run has come to if it must have saved a checkpoint by then; else 0.
 
-    So it is if it went on from one, if there is a best, and if it has gone on to the second save.
+    So it is if it went on from one, if there is a best, and if it has gone on after a save: one that writes beside training
+    has written when the next one has begun.
     """
     from denoiselab.training.checkpoint import FOLDER
     from denoiselab.training.history import TRACE, read_rows
@@ -233,8 +234,9 @@ def _saved_before(folder: Path) -> int:
     try:
         starts = [from_json(line)["step"] for line in read_small(folder / STARTS).splitlines()]
         callbacks = read_json(folder / CONFIG)["callbacks"].values()
-        every = [c["every"] for c in callbacks if c and c["_target_"].endswith(".Checkpoints")]
-        saved = any(starts) or (folder / FOLDER / BEST_NOTE).exists() or any(last >= 2 * n for n in every)
+        savers = [c for c in callbacks if c and c["_target_"].endswith(".Checkpoints")]
+        saved = any(starts) or (folder / FOLDER / BEST_NOTE).exists()
+        saved = saved or any(last > (2 if c.get("asynchronous") else 1) * c["every"] for c in savers)
         return max(last, *starts, 1) if saved else 0
     except FileNotFoundError:
         return 0

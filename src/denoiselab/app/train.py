@@ -10,6 +10,7 @@ import signal
 import time
 import warnings
 from contextlib import ExitStack, nullcontext, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from rich.console import Console
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from denoiselab.app.build import Training, make_training
+from denoiselab.app.compose import cause
 from denoiselab.app.job import Job, agree, open_job, set_up
 from denoiselab.app.nodes import Parts, make
 from denoiselab.app.processes import meet
@@ -27,19 +29,21 @@ from denoiselab.evaluation.records import protocol_id
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
 from denoiselab.runs.folder import RUNNING, SUMMARY, open_own, read_json, write_json, writing
-from denoiselab.runs.launch import echoes_last, launch, launched_from_outside
-from denoiselab.runs.secrets import RedactingFormatter, redact_terminal
+from denoiselab.runs.launch import echoes_last, is_echo, launch, launched_from_outside
+from denoiselab.runs.secrets import RedactingFormatter, redact_terminal, redact_text
 from denoiselab.runs.signals import STOPPING, held_back
 from denoiselab.runs.trust import check_targets
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of
-from denoiselab.training.history import METRICS, CSVLogger, read_rows, surviving
+from denoiselab.training.history import METRICS, CSVLogger, append_text, read_rows, surviving
 from denoiselab.training.logs import finish
 from denoiselab.training.measurement import Measurement
 from denoiselab.training.module import DiffusionModule
-from denoiselab.training.signals import before_training
+from denoiselab.training.saving import Checkpoints
+from denoiselab.training.signals import StopOnSignal, before_training
 
 BATCH_SYSTEM = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # who can wait for what takes seconds; Ctrl-C cannot
 ASKED = ".asked_to_stop"  # a file with the signals that the launcher of several ranks has handed on
+LOG = "train.log"
 ASKED_SECONDS = 0.5  # after which it is there, if they were
 
 log = logging.getLogger("denoiselab")
@@ -100,6 +104,8 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
         except BaseException as error:
             if os.environ.get("RANK", "0") == "0":
                 conclude(Path(job.folder), error)
+            if isinstance(error, RankError) or (isinstance(error, Exception) and not is_echo(error)):
+                log_cause(Path(job.folder), error)
             raise
 
 
@@ -127,12 +133,20 @@ def conclude(run_dir: Path, error: BaseException) -> None:
             write_json(run_dir / SUMMARY, {"status": status, "error": str(error) or type(error).__name__})
 
 
+def log_cause(run_dir: Path, error: BaseException) -> None:
+    """Have the last line of train.log say why the run failed; to be called when no process writes there any more."""
+    line = f"{datetime.now():%Y-%m-%d %H:%M:%S} ERROR denoiselab: {redact_text(cause(error))}\n"
+    with suppress(OSError):  # a disk that is gone must not hide the first cause
+        append_text(run_dir / LOG, line)
+
+
 @record
 def train_rank(job: Job) -> tuple[int, str] | None:
     """Train in a process that was started for this; builds its own objects. Returns the signal that stopped it, if any."""
-    for number in STOPPING:
-        signal.signal(number, lambda *_: None)  # what reaches us after training is too late
     parts, training = make_training(job.config, read_data(Path(job.folder)))
+    if any(isinstance(callback, StopOnSignal) for callback in training.callbacks.values()):
+        for number in STOPPING:
+            signal.signal(number, lambda *_: None)  # what reaches us after training is too late
     stopped: Stopped | None = None
     try:
         with echoes_last(), before_training(training.callbacks.values()):
@@ -199,7 +213,7 @@ def _fit(
         stopped = as_stopped(error, asked)
         if stopped is None:
             other = "another process of the job failed"
-            problem = other if isinstance(error, Stopped) else f"{type(error).__name__}: {error}"
+            problem = other if isinstance(error, Stopped) else cause(error)
             log.exception("the run ended early")
             raise
         status, problem = stopped.status, str(stopped)
@@ -220,9 +234,9 @@ def _fit(
             }
             print_results(console, facts | losses, measurement.numbers)
     if stopped is not None:
-        raise Stopped(stopped.number, how_to_go_on(run_dir))
+        raise Stopped(stopped.number, how_to_go_on(trainer, run_dir))
     if status != "finished":
-        raise RankError(f"stopped at step {trainer.global_step} of {trainer.max_steps}; see {run_dir / 'train.log'}")
+        raise RankError(f"stopped at step {trainer.global_step} of {trainer.max_steps}; see {run_dir / LOG}")
 
 
 def as_stopped(error: BaseException, asked: Path | None) -> Stopped | None:
@@ -243,10 +257,15 @@ def as_stopped(error: BaseException, asked: Path | None) -> Stopped | None:
     return error
 
 
-def how_to_go_on(run_dir: Path) -> str:
+def how_to_go_on(trainer: lightning.Trainer, run_dir: Path) -> str:
     """What is saved, and the command that goes on from it."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    failed = [c.last_failure for c in callbacks if isinstance(c, Checkpoints) and c.last_failure is not None]
     saved = checkpoints_of(run_dir / FOLDER)
-    what = f"saved {saved[-1].name}" if saved else "nothing was saved yet"
+    what = "nothing was saved yet"
+    if saved:
+        what = f"the newest is {saved[-1].name}" if failed else f"saved {saved[-1].name}"
+    what = "; ".join([*failed, what])
     return f"{what}; to go on: python scripts/train.py run={run_dir} resume=auto"
 
 
@@ -283,16 +302,24 @@ def summarise(
 
 
 def start_logging(run_dir: Path) -> None:
-    """Everything that is logged or warned goes to train.log; the terminal stays for what a person wants to see."""
+    """Everything that is logged or warned goes to train.log; the terminal stays for what a person wants to see.
+
+    What is said of checkpoints goes there too: train.log is on the disk that has no room for them, or has failed.
+    """
     redact_terminal()
-    handler = logging.FileHandler(run_dir / "train.log", delay=True)
-    handler.stream = open_own(run_dir / "train.log", "a")  # type: ignore[assignment]
-    handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk costs lines of the log, no more
+    handler = logging.FileHandler(run_dir / LOG, delay=True)
+    handler.stream = open_own(run_dir / LOG, "a")  # type: ignore[assignment]
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    terminal = logging.StreamHandler()
+    terminal.addFilter(logging.Filter(Checkpoints.__module__))
+    terminal.setLevel(logging.WARNING)
+    terminal.setFormatter(RedactingFormatter("%(levelname)s: %(message)s"))
     root = logging.getLogger()
     for old in root.handlers[:]:
         root.removeHandler(old)
-    root.addHandler(handler)
+    for new in (handler, terminal):
+        new.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk costs lines of the log, no more
+        root.addHandler(new)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     for expected in (

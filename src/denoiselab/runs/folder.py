@@ -63,12 +63,13 @@ def make_run_folder(root: Path, name: str, now: datetime | None = None) -> Path:
         raise ValueError(f"name={name}: must be 1 to 100 letters, digits or _.,=+- and begin with a letter or digit")
     stem = f"{(now or datetime.now()):%Y-%m-%d_%H-%M-%S}_{name}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        make_durably(root)
         number = 1
         while True:
             folder = root / (stem if number == 1 else f"{stem}-{number}")
             try:
                 folder.mkdir()
+                sync_folder(root)
                 return folder.resolve()
             except FileExistsError:
                 number += 1
@@ -83,10 +84,31 @@ def make_folder(folder: Path) -> Path:
         ValueError: if it cannot be made.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_durably(folder)
     except OSError as error:
         raise ValueError(f"run={folder}: cannot be made ({error.strerror})") from error
     return folder.resolve()
+
+
+def make_durably(folder: Path) -> None:
+    """Make a folder and those above it, if they are not there, so that a power cut does not take them away.
+
+    Raises:
+        OSError: if that fails.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def run_id(folder: Path) -> str:
@@ -181,7 +203,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file, complete or not at all: on disk before it takes its name."""
+    """Write a file, complete or not at all: on disk before it takes its name, and under that when this returns."""
     beside = path.with_name(f".{path.name}.partial")
     beside.unlink(missing_ok=True)  # left by a crash, or a link to a file elsewhere
     with beside.open("x") as file:
@@ -189,6 +211,7 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+    sync_folder(path.parent)
 
 
 def check_own(folder: Path, *parts: str) -> None:

@@ -76,7 +76,7 @@ def launch(
         message = failure.message
         if isinstance(message, dict):
             message = message.get("message", message)
-        raise RankError(f"rank {rank} failed: {str(message).strip().partition(chr(10))[0]}") from None
+        raise RankError(f"rank {rank} failed: {' '.join(str(message).split())}") from None
 
 
 @contextmanager

@@ -35,9 +35,22 @@ SCHEMA = 1
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step_(\d+)\.ckpt")
 LARGEST_COUNT = 2**63  # no run comes near it, and numbers of thousands of digits cannot even be printed
+_UNREADABLE = "cannot be read as plain data ({}); it is damaged, or no checkpoint"
 _ZIP = b"PK\x03\x04"
 _REQUIRED = {"config": dict, "ema": dict, "ema_updates": int, "state_dict": dict, "global_step": int}
 log = logging.getLogger(__name__)
+
+
+class NotPlainError(ValueError):
+    """A file is whole, and it is its content that is no plain data.
+
+    Args:
+        flaw: of the content, in a few words.
+    """
+
+    def __init__(self, flaw: str) -> None:
+        super().__init__(_UNREADABLE.format(flaw))
+        self.flaw = flaw
 
 
 def __getattr__(name: str) -> Any:
@@ -77,7 +90,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint of the last step in a folder that is good (None if none is), and a line on each damaged newer one."""
     damaged: list[str] = []
     for path in reversed(checkpoints_of(folder)):
-        reason = verify(path)
+        reason = flaw_of(path, weights=True)
         if reason is None:
             return path, damaged
         damaged.append(f"checkpoint={path}: {reason}")
@@ -105,7 +118,41 @@ def verify(path: Path) -> str | None:
     Checks the archive, the CRC-32 of every entry and that it unpickles as plain data; tensors are not kept in memory.
     """
     try:
+        return read_back(path)
+    except (OSError, NotPlainError) as error:
+        return _words(error)
+
+
+def read_back(path: Path) -> str | None:
+    """As `verify`, of a file that has just been written.
+
+    Raises:
+        OSError: if it cannot be read.
+        NotPlainError: if it is as it was written, and that was no plain data.
+    """
+    try:
         _read(path, "meta")
+    except NotPlainError:
+        raise
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def flaw_of(path: Path, *, weights: bool = False) -> str | None:
+    """Why a file is no good as the checkpoint of the step in its name, in a few words; None if it is.
+
+    Args:
+        path: named after a step.
+        weights: look at these, too, for such as are not finite; else they are not kept in memory.
+    """
+    try:
+        loaded = _read(path, "cpu" if weights else "meta")
+        _check_layout(loaded)
+        if loaded["global_step"] != step_of(path):
+            return f"is of step {loaded['global_step']}"
+        if weights:
+            _check_finite(loaded)
     except (OSError, ValueError) as error:
         return _words(error)
     return None
@@ -130,25 +177,48 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint={path}: no such file")
     try:
         loaded = _read(path, "cpu")
+        _check_layout(loaded)
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint={path}: {_words(error)}") from error
+    return loaded
+
+
+def _check_layout(loaded: Any) -> None:
+    """See to it that what was read is laid out as this program does.
+
+    Raises:
+        ValueError: otherwise.
+    """
     schema = loaded.get("schema") if isinstance(loaded, dict) else None
     if type(schema) is not int or schema != SCHEMA:
-        raise ValueError(
-            f"checkpoint={path}: layout {_told(schema)} is not the layout {SCHEMA} that this version reads"
-        )
+        raise ValueError(f"layout {_told(schema)} is not the layout {SCHEMA} that this version reads")
     for key, kind in _REQUIRED.items():
         if not isinstance(loaded.get(key), kind) or isinstance(loaded.get(key), bool):
-            raise ValueError(f"checkpoint={path}: has no {key}; it is damaged, or not of this program")
+            raise ValueError(f"has no {key}; it is damaged, or not of this program")
     for key in ("ema_updates", "global_step"):
         if not 0 <= loaded[key] < LARGEST_COUNT:
-            raise ValueError(f"checkpoint={path}: {key} is {_told(loaded[key])}; it is damaged, or not of this program")
+            raise ValueError(f"{key} is {_told(loaded[key])}; it is damaged, or not of this program")
     for key, value in [("state_dict", loaded["state_dict"]), *loaded["ema"].items()]:
         if type(key) is not str or not _is_weights(value):
-            raise ValueError(
-                f"checkpoint={path}: {show(key)} is no dict of names and tensors; it is not of this program"
-            )
-    return loaded
+            raise ValueError(f"{show(key)} is no dict of names and tensors; it is not of this program")
+
+
+def _check_finite(loaded: dict[str, Any]) -> None:
+    """See to it that a run could go on with these weights.
+
+    Raises:
+        ValueError: otherwise. A network's buffers may be infinite, as masks are, so infinite parameters show in the averages.
+    """
+    raw = {key: value for key, value in loaded["state_dict"].items() if key.startswith("network.")}
+    wrong = [key for key, value in raw.items() if value.isnan().any()]
+    wrong += [
+        f"{name}.{key}"
+        for name, average in loaded["ema"].items()
+        for key, value in average.items()
+        if not value.isfinite().all()
+    ]
+    if wrong:
+        raise ValueError(f"{show(wrong[0])} is not finite")
 
 
 def _told(value: Any) -> str:
@@ -166,7 +236,7 @@ def _read(path: Path, device: str) -> Any:
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: saying what is wrong with it.
+        ValueError: saying what is wrong with it; `NotPlainError` if no byte of it is.
     """
     if not path.is_file():  # to open a pipe would wait for ever
         raise ValueError("is no file")
@@ -176,15 +246,19 @@ def _read(path: Path, device: str) -> Any:
             file.seek(0)
             if why is None:
                 return torch.load(file, map_location=device, weights_only=True)
-        except OSError:
+        except (OSError, NotPlainError):
             raise
         except Exception as error:  # damaged bytes end in any error that zipfile, the unpickler and torch know
             why = type(error).__name__
-    raise ValueError(f"cannot be read as plain data ({why}); it is damaged, or no checkpoint")
+    raise ValueError(_UNREADABLE.format(why))
 
 
 def _flaw_of_archive(file: BinaryIO) -> str | None:
-    """What is wrong with an archive that torch.save wrote; None if nothing is."""
+    """What is wrong with an archive that torch.save wrote; None if nothing is.
+
+    Raises:
+        NotPlainError: if nothing is but what it holds.
+    """
     if file.read(len(_ZIP)) != _ZIP:
         return "no archive of torch.save"
     with zipfile.ZipFile(file) as archive:
@@ -212,7 +286,10 @@ def _flaw_of_archive(file: BinaryIO) -> str | None:
             return f"the checksum of {broken!r} differs"
         records = {name.partition("/")[2]: size for name, size in sizes.items()}
         pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
-        return next(filter(None, (flaw_of_pickle(archive.read(entry), records) for entry in pickles)), None)
+        flaws = filter(None, (flaw_of_pickle(archive.read(entry), records) for entry in pickles))
+        if flaw := next(flaws, None):
+            raise NotPlainError(flaw)
+        return None
 
 
 def _words(error: OSError | ValueError) -> str:

@@ -22,7 +22,8 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from denoiselab.training.checkpoint import load_checkpoint, verify
+from denoiselab.runs.folder import make_durably, sync_folder
+from denoiselab.training.checkpoint import NotPlainError, load_checkpoint, read_back
 
 _RESUMED = {"optimizer_states": list, "lr_schedulers": list, "loops": dict, "pytorch-lightning_version": str}
 
@@ -114,14 +115,19 @@ def write_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
 
     Raises:
         OSError: if the disk is full or not writable, or does not give back what was written; `path` is then as it was.
+        TypeError: if it is not plain data, which is a mistake in the program and none of the disk.
     """
-    if not path.parent.is_dir():
-        path.parent.mkdir(parents=True)
-        _sync_folder(path.parent.parent)
+    make_durably(path.parent)
     needed, free = sum(_sizes(checkpoint)), shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"it needs {needed / 1e9:.3g} GB and {free / 1e9:.3g} GB are free")
-    write_atomically(path, lambda file: torch.save(checkpoint, file), verify)
+    try:
+        write_atomically(path, lambda file: torch.save(checkpoint, file), read_back)
+    except NotPlainError as error:
+        raise TypeError(
+            f"checkpoint={path}: cannot be saved: {error.flaw}; the state of a callback, say, has to be tensors, numbers, "
+            "strings, None, and lists and dicts of these"
+        ) from error
 
 
 def write_atomically(
@@ -156,7 +162,7 @@ def write_atomically(
         raise OSError(*(cause.args[:2] if cause else (errno.EIO, str(error).splitlines()[0]))) from error
     finally:
         _remove(partial)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def link_atomically(source: Path, path: Path) -> None:
@@ -171,13 +177,13 @@ def link_atomically(source: Path, path: Path) -> None:
         os.link(source, partial)
     except OSError:
         with open(source, "rb") as original:
-            write_atomically(path, lambda file: shutil.copyfileobj(original, file), verify)
+            write_atomically(path, lambda file: shutil.copyfileobj(original, file), read_back)
         return
     try:
         os.replace(partial, path)
     finally:
         _remove(partial)  # still there if both were names of one file already
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _partial(path: Path) -> Path:
@@ -193,15 +199,6 @@ def _remove_partials(folder: Path) -> None:
 def _remove(path: Path) -> None:
     with suppress(OSError):  # not there, or a disk that takes nothing any more: whoever writes next will say so
         os.unlink(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _on_cpu(value: Any) -> Any:

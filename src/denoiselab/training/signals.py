@@ -32,21 +32,21 @@ IMPATIENCE = 2.0  # seconds: a second Ctrl-C after this long stops at once
 
 _early: list[signal.Signals] = []  # received before training began, by one of several processes
 
-Name = Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"]
+Name = Literal["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT"]
 
 
 class StopOnSignal(Callback):
     """Saves and stops at the next step boundary after a signal; while the end of a run is measured, at once.
 
-    SIGINT (Ctrl-C) is always among them; a second one stops at once, without saving. List it after the monitor, which
-    has to count the step, and before callbacks that take time.
+    SIGTERM and SIGINT (Ctrl-C) are always among them; a second Ctrl-C stops at once, without saving. List it after the
+    monitor, which has to count the step, and before callbacks that take time.
 
     Args:
         signals: by name; "SIGUSR1" is what `sbatch --signal=USR1@120` asks for.
     """
 
     def __init__(self, *, signals: list[Name]) -> None:
-        self.signals = [signal.Signals[name] for name in dict.fromkeys([*signals, "SIGINT"])]
+        self.signals = [signal.Signals[name] for name in dict.fromkeys([*signals, "SIGTERM", "SIGINT"])]
         self.received: signal.Signals | None = None
         self.at_once = False  # all is saved: nothing has to be waited for
         self._since = 0.0
