@@ -216,22 +216,23 @@ def test_what_the_network_lost_is_made_up_for(tmp_path, server):
 def test_a_run_that_begins_waits_for_who_sends_it(tmp_path, server):
     run, online = tmp_path / "run", server.environment()
     assert train(run, step=7, thing="step", count=0) == -signal.SIGKILL  # offline
-    until_asked, stream = [], server.stream
+    on_its_way, lines, stream = [], [], server.stream
 
     def slow(*what):  # the first rows of sync.py are on their way until the run has asked, or says that it waits
-        if not until_asked:
-            until_asked.append(1)
+        if not on_its_way:
+            on_its_way.append(server.requests.count("RunResumeStatus"))
+            log, asked = run / "train.log", lambda: server.requests.count("RunResumeStatus") > on_its_way[0]
             server.lock.release()
-            log = run / "train.log"
-            until(lambda: server.requests.count("RunResumeStatus") > 1 or "waiting for it" in log.read_text())
+            until(lambda: asked() or "waiting for it" in log.read_text())
             server.lock.acquire()
+        lines.extend(what[1].get("files", {}).get("wandb-history.jsonl", {"content": []})["content"])
         stream(*what)
 
     server.stream = slow
     line = [sys.executable, ROOT / "scripts" / "sync.py", run]
     sync = subprocess.Popen(line, env=os.environ | online)
     try:
-        until(lambda: until_asked)
+        until(lambda: on_its_way)
         (job,) = start(composed(*TINY, f"run='{run}'", f"+callbacks.recorder.file='{run}.seen'"), environment=online)
         assert wait([job]) == [0]
         assert sync.wait(120) == 0
@@ -239,6 +240,7 @@ def test_a_run_that_begins_waits_for_who_sends_it(tmp_path, server):
         sync.kill()
     (stored,) = server.runs.values()
     check_history(stored, run)
+    assert lines == stored.lines["wandb-history.jsonl"]  # none was sent twice
 
 
 @pytest.mark.slow
