@@ -67,6 +67,7 @@ class Server:
         requests: (method and path, or the name of the GraphQL operation), in order.
         bodies: of all requests, to search.
         views: workspaces and reports, by id: what was sent of each last.
+        gone: whether clients get no answer, as from a server that nobody can reach.
     """
 
     url: str = ""
@@ -74,6 +75,7 @@ class Server:
     requests: list[str] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
     views: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gone: bool = False
     lock: Any = field(default_factory=threading.RLock)
 
     @property
@@ -180,6 +182,9 @@ def wandb_server() -> Iterator[Server]:
 
         def take(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if server.gone:
+                self.close_connection = True
+                return
             with server.lock:
                 reply = self.reply(body)
             content = json.dumps(reply).encode()

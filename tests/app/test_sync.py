@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
-from calls import call, composed
+from calls import ROOT, call, composed
 from killing import UNET, start, wait
+from PIL import Image
 
+from denoiselab.training import wandb_sync
+from denoiselab.training.checkpoint import newest_checkpoint, step_of
+from denoiselab.training.wandb_history import read_sent
+from denoiselab.training.wandb_identity import Identity, git_facts, write_identity
 from wandb_server import wandb_server
 
+AXIS = "train/seconds"
 SECRET = "sentinel-0123456789"
 TINY = [
     *UNET,
@@ -62,7 +72,9 @@ def points_of(folder, last=None):
     """Each (step, key) that metrics.csv and samples/ have."""
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    found = [(int(row["step"]), key) for row in rows for key, value in row.items() if value and key != "step"]
+    found = [
+        (int(row["step"]), key) for row in rows for key, value in row.items() if value and key not in ("step", AXIS)
+    ]
     names = [path.stem.split("_", 2) for path in (folder / "samples").glob("*.png")]
     found += [(int(step), f"samples/{weights}") for _, step, weights in names]
     return sorted(point for point in found if last is None or point[0] <= last)
@@ -73,7 +85,9 @@ def check_history(run, folder, last=None):
     steps = [row["trainer/global_step"] for row in run.history]
     assert steps == sorted(steps)
     assert [row["_step"] for row in run.history] == list(range(len(steps)))
-    arrived = run.points()
+    arrived = [point for point in run.points() if point[1] != AXIS]
+    numbers = {step for step, key in arrived if not key.startswith("samples/")}
+    assert numbers == {step for step, key in run.points() if key == AXIS}
     assert len(set(arrived)) == len(arrived)
     assert sorted(arrived) == points_of(folder, last)
 
@@ -156,13 +170,128 @@ def test_a_run_that_is_online_goes_on_where_wandb_stands(tmp_path, server):
     assert stored.last("displayName") == stored.upserts[0]["displayName"]
 
 
+def script(folder, *overrides, environment):
+    """The job as a process of its own, which ends as Python ends."""
+    line = [sys.executable, ROOT / "scripts" / "train.py", *TINY[:-1], *overrides, f"run='{folder}'"]
+    at_once = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "0.2"}
+    return subprocess.Popen(line, env=os.environ | environment | at_once)
+
+
+def until(true, seconds=120):
+    """Wait for something."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 def test_what_the_network_lost_is_made_up_for(tmp_path, server):
-    run = tmp_path / "run"
+    run, online = tmp_path / "run", server.environment()
+    long = [
+        "trainer.max_steps=1000000",
+        "trainer.val_every=1000",
+        "callbacks.pictures=null",
+        "callbacks.monitor.every=20",
+    ]
+    job = script(run, *long, environment=online | {"WANDB_FINISH_TIMEOUT": "2"})
+    try:
+        until(lambda: any(stored.history for stored in server.runs.values()))
+        server.gone = True
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(120) == 75  # in time, for a batch system would not wait for W&B
+    finally:
+        job.kill()
+    (stored,) = server.runs.values()
+    assert f"send it with sync.py: {run}" in (run / "train.log").read_text()
+    assert stored.ends == []
+    server.gone = False
+    last = step_of(newest_checkpoint(run))
+    assert train(run, *long, f"trainer.max_steps={last + 20}", environment=online) == 0
+    check_history(stored, run)
+    assert (len(server.runs), stored.ends) == (1, [0])
+
+
+@pytest.mark.slow
+def test_a_run_that_begins_waits_for_who_sends_it(tmp_path, server):
+    run, online = tmp_path / "run", server.environment()
     assert train(run, step=7, thing="step", count=0) == -signal.SIGKILL  # offline
-    assert train(run, environment=server.environment()) == 0
+    on_its_way, lines, stream = [], [], server.stream
+
+    def slow(*what):  # the first rows of sync.py are on their way until the run has asked, or says that it waits
+        if not on_its_way:
+            on_its_way.append(server.requests.count("RunResumeStatus"))
+            log, asked = run / "train.log", lambda: server.requests.count("RunResumeStatus") > on_its_way[0]
+            server.lock.release()
+            until(lambda: asked() or "waiting for it" in log.read_text())
+            server.lock.acquire()
+        lines.extend(what[1].get("files", {}).get("wandb-history.jsonl", {"content": []})["content"])
+        stream(*what)
+
+    server.stream = slow
+    line = [sys.executable, ROOT / "scripts" / "sync.py", run]
+    sync = subprocess.Popen(line, env=os.environ | online)
+    try:
+        until(lambda: on_its_way)
+        (job,) = start(composed(*TINY, f"run='{run}'", f"+callbacks.recorder.file='{run}.seen'"), environment=online)
+        assert wait([job]) == [0]
+        assert sync.wait(120) == 0
+    finally:
+        sync.kill()
     (stored,) = server.runs.values()
     check_history(stored, run)
+    assert lines == stored.lines["wandb-history.jsonl"]  # none was sent twice
+
+
+@pytest.mark.slow
+def test_a_run_whose_first_process_is_killed_has_failed_in_wandb_too(tmp_path, server, monkeypatch):
+    (tmp_path / "deadly.py").write_text(
+        "import os, signal\n"
+        "from lightning.pytorch.callbacks import Callback\n"
+        "class Deadly(Callback):\n"
+        "    def on_train_batch_end(self, trainer, *rest):\n"
+        "        if trainer.global_rank == 0 and trainer.global_step == 6:\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "+callbacks.deadly._target_=deadly.Deadly"]
+    run = tmp_path / "run"
+    assert script(run, *two, environment=server.environment()).wait(200) == 1
+    (stored,) = server.runs.values()
+    assert stored.ends[-1] == 1
+    assert stored.summary["status"] == "failed"
+    check_history(stored, run)
+
+
+def test_a_sync_that_was_killed_keeps_to_the_budget_of_pictures(tmp_path, logged_in, monkeypatch):
+    run = tmp_path / "run"
+    for folder in (run / "samples", run / "checkpoints"):
+        folder.mkdir(parents=True)
+    write_identity(run, Identity(name="a", images=2))
+    (run / "config.json").write_text(json.dumps({"trainer": {"max_steps": 9}}))
+    (run / "summary.json").write_text(json.dumps({"status": "finished", "metrics": {}}))
+    (run / "metrics.csv").write_text("step,train/loss\n" + "".join(f"{step},1.0\n" for step in range(10)))
+
+    def draw(*steps):
+        for step in steps:
+            Image.new("L", (3, 2)).save(run / "samples" / f"step_{step:07d}_ema.png")
+
+    draw(5)
+    with monkeypatch.context() as patch:
+
+        def killed(*_, **__):
+            raise KeyboardInterrupt
+
+        patch.setattr(wandb_sync, "write_sent", killed)
+        with pytest.raises(KeyboardInterrupt):
+            wandb_sync.send(run)
+    assert read_sent(run).pictures == {5: 1}
+    (run / "config.json").write_text(json.dumps({"trainer": {"max_steps": 19}}))
+    (run / "metrics.csv").write_text("step,train/loss\n" + "".join(f"{step},1.0\n" for step in range(20)))
+    draw(18, 19)
+    assert wandb_sync.send(run).pictures == 1
+    (stored,) = logged_in.runs.values()
+    assert sum("/samples/" in name for name in stored.files) == 2
 
 
 def test_a_sweep_is_sent_run_by_run(tmp_path, logged_in):
@@ -185,6 +314,8 @@ def test_a_sweep_is_sent_run_by_run(tmp_path, logged_in):
     assert "has not begun" in done.out
     (stored,) = server.runs.values()
     assert (stored.last("displayName"), stored.last("groupName")) == ("seed=0", "objectives")
+    assert (stored.last("jobType"), stored.last("tags")) == ("train", ["digits", "unet", "rectified_flow"])
+    assert stored.last("commit") == (git_facts() or {}).get("commit")
     assert stored.config["sweep_folder"] == sweep.name
     assert len(list((run / "samples").glob("*.png"))) == 2
     assert stored.last("notes") == "mine, token=***"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from denoiselab.runs.sweep_folder import read_jobs, read_sweep
+from wandb_server import wandb_server
 
 pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).parents[2]
@@ -70,11 +71,10 @@ class Submitted:
             "COLUMNS": "200",
         }
 
-    def call(self, script, *typed, code=0):
+    def call(self, script, *typed, code=0, **environment):
         line = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, typed)]
-        done = subprocess.run(
-            line, cwd=self.folder, env=self.environment, capture_output=True, text=True, timeout=300, check=False
-        )
+        env = self.environment | environment
+        done = subprocess.run(line, cwd=self.folder, env=env, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -180,6 +180,14 @@ def test_a_job_that_reaches_its_limit_ends_as_one_that_nobody_stopped(sweeps):
     assert len({path.name.rpartition("-")[2] for path in job.folder.glob("wandb/offline-run-*")}) == 1
     record = sweeps.slurm.records(job.status.cluster_job)[0]
     assert record["Restarts"] == str(len(starts) - 1)
+    with wandb_server() as server:  # all of its starts are one W&B run, of which nothing is lost
+        sweeps.call("sync", job.folder, **server.environment())
+        (stored,) = server.runs.values()
+    steps = [row["trainer/global_step"] for row in stored.history if "train/loss" in row]
+    assert steps == list(range(1, 81))
+    points = stored.points()
+    assert len(set(points)) == len(points)
+    assert (stored.ends, stored.summary["status"]) == ([0], "finished")
 
 
 def test_a_mistake_is_found_before_anything_is_submitted(sweeps):

@@ -107,6 +107,15 @@ def test_a_step_that_was_skipped_has_taught_nothing(tmp_path):
     assert [r["loss"] for r in read_rows(tmp_path / TRACE)] == ["1.5", "nan", "4.5"]
 
 
+def test_every_row_with_numbers_has_its_seconds(tmp_path):
+    rows = Rows(tmp_path)
+    callbacks = [TrainingMonitor(every=4), NoiseLevelValidation(log_snrs=[0.0])]
+    fit(tiny_module(), tmp_path, steps=6, val_every=3, callbacks=callbacks, loggers=[rows])
+    assert [row["step"] for row in rows.rows] == [3, 4, 6]
+    seconds = [row["train/seconds"] for row in rows.rows]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_every_step_is_in_the_trace(tmp_path, accumulate):
     losses = []

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from denoiselab.training.history import CSVLogger
+from denoiselab.training.history import SECONDS, CSVLogger
 from denoiselab.training.wandb_history import (
     STEP,
     History,
@@ -98,6 +98,25 @@ def test_a_number_that_a_stop_has_put_off_comes_later(tmp_path):
     resumed.add(4, {"val/x0_mse": 2.0})
     resumed.flush()
     assert numbers_of(second.rows) == [(4, {"val/x0_mse": 2.0})]
+
+
+def test_every_row_with_numbers_has_its_seconds():
+    run = Run()
+    history = History(run, sent=Sent(4, frozenset({"train/loss", SECONDS})))
+    history.add(4, {"train/loss": 1.0, SECONDS: 3.0})
+    history.add(4, {"val/x0_mse": 2.0, SECONDS: 3.0})  # that a stop has put off
+    history.flush()
+    assert numbers_of(run.rows) == [(4, {"val/x0_mse": 2.0, SECONDS: 3.0})]
+
+
+def test_a_sparing_note_is_of_pictures(tmp_path):
+    history = History(Run(), note=tmp_path, sparing=True)
+    history.add(2, {"a": 1.0})
+    history.flush()
+    assert read_sent(tmp_path) == Sent()
+    history.add_picture(3, "samples/ema", picture())
+    history.flush()
+    assert read_sent(tmp_path).pictures == {3: 1}
 
 
 def test_pictures_are_caught_up_with_too(tmp_path):

@@ -56,14 +56,16 @@ def test_a_job_is_named_by_its_sweep(tmp_path):
     assert identity.config["job"] == "objective=v,seed=1"
 
 
-def test_a_resumed_run_keeps_its_name_and_group(tmp_path):
+def test_a_resumed_run_keeps_its_name_group_and_project(tmp_path, caplog):
     run = run_folder(tmp_path / "sweep", sweep="objectives", job="seed=1")
-    first = identify(run, "folder", notes="then")
+    first = identify(run, "folder", notes="then", project="p", entity=None)
     (tmp_path / "sweep" / "sweep.json").unlink()
     (run / "command.json").write_text(json.dumps({"overrides": ["trainer.max_steps=9"], "choices": CHOICES}))
-    again = identify(run, "other", notes="now")
+    again = identify(run, "other", notes="now", project="q", entity="team")
     assert (again.name, again.group) == (first.name, first.group) == ("seed=1", "objectives")
     assert again.notes == "now"
+    assert (again.project, again.entity) == ("p", None)  # elsewhere it would be a second run
+    assert "logger.project=q: a W&B run stays where it is, project=p" in caplog.text
 
 
 def test_tags_are_short_and_of_the_choices(tmp_path):

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
+from contextlib import ExitStack
 from types import SimpleNamespace
 
+import pytest
 import wandb
 
 from denoiselab.runs.errors import ConfigError
@@ -22,6 +25,10 @@ class Run:
 
     def log_artifact(self, artifact, aliases):
         self.artifacts.append(artifact)
+        return self
+
+    def wait(self, timeout):
+        """As of an artifact that is uploaded."""
 
 
 def checkpoints(run_dir):
@@ -69,7 +76,7 @@ def test_without_a_network_a_run_is_offline(tmp_path, monkeypatch, caplog):
     assert "no route" in caplog.text
 
 
-def test_who_sends_a_run_does_it_alone(tmp_path, monkeypatch):
+def test_who_sends_a_run_does_it_alone(tmp_path, monkeypatch, caplog):
     tries = []
 
     class Taken:
@@ -78,12 +85,30 @@ def test_who_sends_a_run_does_it_alone(tmp_path, monkeypatch):
             if len(tries) < 3:
                 raise ConfigError("is being sent to W&B by another")
 
+        def __exit__(self, *_):
+            tries.clear()
+
     monkeypatch.setattr(wandb_run, "sending", lambda run_dir: Taken())
     monkeypatch.setattr(wandb_run.time, "sleep", lambda seconds: None)
-    assert wandb_run._lock(tmp_path) is not None  # once the other has done
-    assert len(tries) == 3
-    tries.clear()
+    with ExitStack() as lock:
+        wandb_run._lock(tmp_path, lock)  # once the other has done
+        assert len(tries) == 3
+    assert tries == []
     monkeypatch.setattr(wandb_run, "PATIENCE", -1.0)
-    assert wandb_run._lock(tmp_path) is None  # and the run begins all the same
+    with ExitStack() as lock:
+        wandb_run._lock(tmp_path, lock)  # and the run begins all the same
+        assert len(tries) == 1
+    assert "rows may reach W&B twice" in caplog.text
     with sending(tmp_path):
         assert (tmp_path / ".sending").exists()
+
+
+@pytest.mark.parametrize(("step", "allow", "said"), [(40, ["seed"], True), (57, ["seed"], False), (40, [], False)])
+def test_a_seam_is_said(tmp_path, caplog, step, allow, said):
+    wandb_run._warn_of_seam(tmp_path, 57)  # of a folder that nobody has started
+    (tmp_path / "config.json").write_text(json.dumps({"allow": allow}))
+    (tmp_path / "starts.jsonl").write_text('{"step": 0}\n' + json.dumps({"step": step}) + "\n")
+    wandb_run._warn_of_seam(tmp_path, 57)
+    line = "goes on from step 40 with allow=[seed], and W&B has its steps up to 57"
+    assert (line in caplog.text) is said
+    assert len(caplog.records) == said

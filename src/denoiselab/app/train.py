@@ -126,11 +126,16 @@ def check_run(config: dict[str, Any]) -> tuple[Parts, Training]:
 
 
 def conclude(run_dir: Path, error: BaseException) -> None:
-    """Have the summary say how the run ended, where no process was left to do so."""
+    """Have the summary and the dashboard say how the run ended, where no process was left to do so."""
     with surviving(run_dir / SUMMARY), suppress(ConfigError):  # a disk that is gone must not hide the first cause
         if read_json(run_dir / SUMMARY) == RUNNING:
             status = error.status if isinstance(error, Stopped) else "failed"
             write_json(run_dir / SUMMARY, {"status": status, "error": str(error) or type(error).__name__})
+            if status == "failed":
+                from denoiselab.training.wandb_sync import end_killed
+
+                with suppress(Exception):
+                    end_killed(run_dir)
 
 
 def log_cause(run_dir: Path, error: BaseException) -> None:

@@ -15,8 +15,8 @@ from typing import Any, Literal
 from denoiselab.runs.changes import UNSAID, below
 from denoiselab.runs.folder import COMMAND, CONFIG, ID, read_json, read_small
 from denoiselab.runs.sweep_folder import JOB, SWEEP
-from denoiselab.training.history import METRICS, read_rows
-from denoiselab.training.monitor import SECONDS, bin_names
+from denoiselab.training.history import METRICS, SECONDS, read_rows
+from denoiselab.training.monitor import bin_names
 from denoiselab.training.wandb_history import STEP, pictures_of
 from denoiselab.training.wandb_identity import TAGGED
 

@@ -26,6 +26,7 @@ from denoiselab.runs.folder import from_json, open_own, read_small, write_text
 
 log = logging.getLogger(__name__)
 METRICS, TRACE, NUMBERS, SAMPLES = "metrics.csv", "trace.csv", "metrics.jsonl", "samples"
+SECONDS = "train/seconds"  # an x-axis: every row with numbers has it
 
 
 def rewind(run_dir: Path, step: int) -> None:

@@ -82,7 +82,8 @@ def wandb_logger(
     """One W&B run per training job, its files in the run folder.
 
     Args:
-        run_dir: the run folder, which keeps the id, name and group of the W&B run: a resumed run goes on with it.
+        run_dir: the run folder, which keeps the id, name, group, project and entity of the W&B run: a resumed run goes on
+            with it.
         name: shown in the dashboard for a run without a name or overrides of its own.
         project: W&B project.
         entity: W&B team or user.
@@ -91,7 +92,7 @@ def wandb_logger(
         tags: shown in the dashboard, beside the choices of data set, backbone and objective.
         notes: shown in the dashboard.
         images: pictures that are sent at most, spread evenly over the run; all of them are in samples/.
-        checkpoints: whether the newest and the best checkpoint are uploaded at the end.
+        checkpoints: whether the newest and the best checkpoint are uploaded when the run has finished.
     """
     if int(os.environ.get("RANK", 0)) != 0:  # Lightning's own idea of the rank is set later, by the strategy
         return [WandbLogger(save_dir=run_dir)]  # never asked for a run on other ranks

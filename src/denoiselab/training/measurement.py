@@ -97,7 +97,7 @@ class Measurement(Callback):
             for n in measured.numbers:
                 if n.interval is not None:
                     row |= {f"{group}/{n.name}_low": n.interval[0], f"{group}/{n.name}_high": n.interval[1]}
-            log_metrics(trainer, row)
+            log_metrics(trainer, row | module.clock)
             if measured.images is not None:
                 picture = image_grid(measured.images, PAIRS)
                 folder = Path(trainer.default_root_dir) / SAMPLES

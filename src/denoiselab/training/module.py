@@ -101,6 +101,7 @@ class DiffusionModule(lightning.LightningModule):
         self.grad_norm = torch.zeros(())
         self.seen: list[Tensor] = []  # place, t and loss of this step's samples, for an objective that observes them
         self.waiting_since = time.perf_counter()  # when the last step ended and the next batch was asked for
+        self.clock: dict[str, float] = {}  # seconds of training as `TrainingMonitor` counts them, to go with every row
         self.ema.start(network)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

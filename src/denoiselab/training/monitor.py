@@ -16,11 +16,10 @@ from torch import Tensor
 from denoiselab.data.dataset import LazyImages
 from denoiselab.diffusion.noise import NoiseSource
 from denoiselab.diffusion.paths import Path as DiffusionPath
-from denoiselab.training.history import METRICS, TRACE, append_rows, read_rows, surviving
+from denoiselab.training.history import METRICS, SECONDS, TRACE, append_rows, read_rows, surviving
 from denoiselab.training.logs import log_metrics
 from denoiselab.training.module import DiffusionModule, condition_of
 
-SECONDS = "train/seconds"
 EDGES = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
 
@@ -35,7 +34,8 @@ class TrainingMonitor(Callback):
 
     `train/loss`, `train/loss_by_log_snr/<bin>` (bins by log-SNR, comparable between paths), `train/grad_norm` (before
     clipping), `train/lr`, `train/images_per_second` (waiting for data counts; validation, sampling and saving do not),
-    `train/seconds` (of the same time, summed over all starts of the run: an x-axis for all that is logged at that step), and
+    `train/seconds` (of the same time, summed over all starts of the run; an x-axis, so validation and measurements log it
+    with theirs at whatever step), and
     `train/skipped_steps` and `data/skipped` (draws of images that could not be decoded), if there were any; each such image is
     named once in the log. Also writes trace.csv, a row for each step: its loss and gradient norm, and a
     number that stands for which samples it saw at which places; a replay is held to it. Nothing is read from the device
@@ -69,6 +69,7 @@ class TrainingMonitor(Callback):
         self._trainer = trainer
         rows = read_rows(Path(trainer.default_root_dir) / METRICS)  # of earlier starts
         self._before = max((float(row[SECONDS]) for row in rows if row.get(SECONDS)), default=0.0)
+        pl_module.clock = {SECONDS: self._before}
         pl_module.waiting_since = time.perf_counter()
 
     def on_train_batch_end(
@@ -82,6 +83,7 @@ class TrainingMonitor(Callback):
         """Add a micro-batch; log if a multiple of `every` has just been reached."""
         assert isinstance(pl_module, DiffusionModule)
         self._seconds += time.perf_counter() - pl_module.waiting_since
+        pl_module.clock = {SECONDS: self._before + self._seconds}
         self._samples += len(outputs["losses"])
         self.drawn.append(torch.where(batch["stand_in"] > 0, ~batch["index"], batch["index"]))
         self.micro_batches.append(self._of_micro_batch(pl_module, outputs, batch))
@@ -184,7 +186,7 @@ class TrainingMonitor(Callback):
             "train/grad_norm": self.window[-1][-1],
             "train/lr": trainer.optimizers[0].param_groups[0]["lr"],
             "train/images_per_second": self._samples * trainer.world_size / max(self._seconds, 1e-9),
-            SECONDS: self._before + self._seconds,
+            **module.clock,
             **{
                 f"train/loss_by_log_snr/{name}": t / c
                 for name, t, c in zip(bin_names(), total, count, strict=True)
@@ -302,4 +304,5 @@ class NoiseLevelValidation(Callback):
         self.latest |= {f"val/epsilon_mse/log_snr_{level}": b for level, (_, b) in rows.items()}
         self.latest["val/x0_mse"] = math.fsum(a for a, _ in rows.values()) / len(rows)
         self.latest["val/epsilon_mse"] = math.fsum(b for _, b in rows.values()) / len(rows)
-        log_metrics(trainer, self.latest)
+        assert isinstance(pl_module, DiffusionModule)
+        log_metrics(trainer, self.latest | pl_module.clock)

@@ -24,7 +24,7 @@ from PIL import Image
 
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import read_json, read_small, write_json
-from denoiselab.training.history import METRICS, SAMPLES, read_rows
+from denoiselab.training.history import METRICS, SAMPLES, SECONDS, read_rows
 from denoiselab.training.wandb_identity import WANDB
 
 log = logging.getLogger(__name__)
@@ -103,20 +103,29 @@ def affordable(step: int, count: int, sent: Mapping[int, int], *, budget: int, e
 
 
 class History:
-    """Sends a run's rows to W&B, a step a row, each number once.
+    """Sends a run's rows to W&B, a step a row, each number once; but the seconds of training, an x-axis, with each row.
 
     Args:
         run: of W&B.
         sent: what it has already.
         images: budget of pictures.
         end: the run's last step; None: unknown.
-        note: where to note what was sent; None: nowhere.
+        note: the run folder, to note in it what was sent; None: nowhere.
+        sparing: note pictures alone as they are sent, for whoever notes the rest at the end.
     """
 
     def __init__(
-        self, run: Any, *, sent: Sent | None = None, images: int = 64, end: int | None = None, note: Path | None = None
+        self,
+        run: Any,
+        *,
+        sent: Sent | None = None,
+        images: int = 64,
+        end: int | None = None,
+        note: Path | None = None,
+        sparing: bool = False,
     ) -> None:
-        self.run, self.sent, self.images, self.end, self.note = run, sent or Sent(), images, end, note
+        self.run, self.sent, self.images, self.end = run, sent or Sent(), images, end
+        self.note, self.sparing = note, sparing
         self.rows = self.shown = 0  # sent by this object
         self._step, self._numbers, self._pictures = -1, dict[str, float](), dict[str, Image.Image]()
 
@@ -140,6 +149,7 @@ class History:
         import wandb
 
         row: dict[str, Any] = {k: v for k, v in self._numbers.items() if not self.sent.has(self._step, k)}
+        axis = {k: v for k, v in self._numbers.items() if k == SECONDS}
         new = [(k, p) for k, p in self._pictures.items() if not self.sent.has(self._step, k)]
         self._numbers, self._pictures = {}, {}
         if new:
@@ -147,10 +157,10 @@ class History:
         row |= {key: [wandb.Image(picture)] for key, picture in new}
         if not row:
             return
-        self.run.log({**row, STEP: self._step})
+        self.run.log({**row, **axis, STEP: self._step})
         self.sent = self.sent.plus(self._step, frozenset(row), len(new))
         self.rows, self.shown = self.rows + 1, self.shown + len(new)
-        if self.note is not None:
+        if self.note is not None and (new or not self.sparing):
             write_sent(self.note, self.sent)
 
     def catch_up(self, run_dir: Path, last: int | None = None) -> None:

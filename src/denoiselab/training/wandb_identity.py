@@ -1,7 +1,7 @@
 """Who a W&B run is: made at its first start, kept in the run folder, and the same whoever sends the run and whenever.
 
 wandb/identity.json holds what `wandb.init` is told and the config that the dashboard shows; a run that is resumed keeps its
-name and group, and `denoiselab-sync` reads all of it.
+name, group, project and entity, and `denoiselab-sync` reads all of it.
 """
 
 from __future__ import annotations
@@ -75,6 +75,11 @@ def identify(run_dir: Path, default: str, *, tags: list[str] | None = None, **op
         log.warning("%s; made anew", error)
     if known is not None:
         name, group = known.name, known.group
+        for key in ("project", "entity"):
+            was = getattr(known, key)
+            if options.get(key) != was:
+                log.warning("logger.%s=%s: a W&B run stays where it is, %s=%s", key, options.get(key), key, was)
+            options[key] = was
     else:
         group, name = sweep or (None, display_name(config.get("name"), _texts(command.get("overrides")), default))
     said = command.get("choices")

@@ -27,7 +27,7 @@ from denoiselab.training.checkpoint import FOLDER, checkpoints_of, step_of
 from denoiselab.training.history import METRICS, read_rows
 from denoiselab.training.wandb_history import SENT, STEP, History, pictures_of, write_sent
 from denoiselab.training.wandb_identity import WANDB, Identity, identify, last_step, read_identity, write_identity
-from denoiselab.training.wandb_run import arrived, define_steps, end_run, settings
+from denoiselab.training.wandb_run import arrived, define_steps, end_limits, end_run, settings
 
 WAITS = (0.0, 1.0, 3.0, 10.0)  # seconds before W&B is asked whether all has arrived
 SENT_ALL, NOTHING_NEW, LEFT, FAILED = "sent", "nothing new", "left", "failed"
@@ -58,12 +58,13 @@ class Outcome:
     note: str = ""
 
 
-def send(run_dir: Path, *, again: bool = False) -> Outcome:
+def send(run_dir: Path, *, again: bool = False, limits: dict[str, Any] | None = None) -> Outcome:
     """Send what W&B lacks of a run.
 
     Args:
         run_dir: the run folder.
         again: ask W&B even if nothing has changed since the last call.
+        limits: as in `start_wandb`.
 
     Raises:
         LoggedOutError: if nobody is logged in.
@@ -75,11 +76,17 @@ def send(run_dir: Path, *, again: bool = False) -> Outcome:
         if identity is None:
             return Outcome(run_dir, LEFT, note="was not logged to W&B")
         with sending(run_dir):
-            return _send(run_dir, identity, again)
+            return _send(run_dir, identity, again, limits or {})
     except ConfigError as error:
         return Outcome(run_dir, LEFT, note=str(error))
-    except (wandb.errors.Error, OSError) as error:
+    except (wandb.errors.Error, OSError, ValueError) as error:
         return Outcome(run_dir, FAILED, note=" ".join(str(error).split()))
+
+
+def end_killed(run_dir: Path) -> None:
+    """End the W&B run of a run whose own process was killed, if that was online: W&B would only hear no more of it."""
+    if (run_dir / WANDB / "latest-run").resolve().name.startswith("run-"):
+        send(run_dir, limits=end_limits())
 
 
 def _identity(run_dir: Path) -> Identity | None:
@@ -100,10 +107,12 @@ def _identity(run_dir: Path) -> Identity | None:
     return made
 
 
-def _send(run_dir: Path, identity: Identity, again: bool) -> Outcome:
+def _send(run_dir: Path, identity: Identity, again: bool, limits: dict[str, Any]) -> Outcome:
     summary = _summary(run_dir)
     running = summary["status"] == "running"
-    whole = newest_step(run_dir) if running else None  # what comes after may be made again, and be other numbers
+    # What comes after may be made again, and be other numbers. Of a run that failed it is what shows why, so that is sent;
+    # if it goes on, the same steps have the same numbers, or a line in its log says that they have others.
+    whole = newest_step(run_dir) if running else None
     if running and not whole:
         return Outcome(run_dir, LEFT, note="is running or was killed, before its first checkpoint")
     content = digest(run_dir, identity, summary, whole)
@@ -112,8 +121,9 @@ def _send(run_dir: Path, identity: Identity, again: bool) -> Outcome:
         return Outcome(run_dir, NOTHING_NEW, note=word)
     if not wandb.login(prompt=False):
         raise LoggedOutError
-    with _run(run_id(run_dir), identity) as run:
-        history = History(run, sent=arrived(run, run_dir), images=identity.images, end=last_step(run_dir))
+    with _run(run_id(run_dir), identity, limits) as run:
+        has, end = arrived(run, run_dir), last_step(run_dir)
+        history = History(run, sent=has, images=identity.images, end=end, note=run_dir, sparing=True)
         history.catch_up(run_dir, whole)
         history.flush()
         write_sent(run_dir, history.sent)
@@ -143,10 +153,10 @@ def confirmed(path: str, step: int) -> bool:
 
 
 @contextmanager
-def _run(id: str, identity: Identity) -> Iterator[Any]:  # noqa: A002
+def _run(id: str, identity: Identity, limits: dict[str, Any]) -> Iterator[Any]:  # noqa: A002
     """The W&B run, online; it says nothing of this machine, which is not the one that trained."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        quiet = settings(x_disable_stats=True, x_disable_meta=True)
+        quiet = settings(x_disable_stats=True, x_disable_meta=True, **limits)
         run = wandb.init(
             dir=scratch,
             id=id,

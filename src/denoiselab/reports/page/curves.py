@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from denoiselab.evaluation.records import LONGEST_NAME
-from denoiselab.training.history import METRICS, read_rows
-from denoiselab.training.monitor import SECONDS
+from denoiselab.training.history import METRICS, SECONDS, read_rows
 
 Values = np.ndarray[Any, Any]
 
