@@ -35,7 +35,8 @@ class Checkpoints(Callback):
 
     Args:
         every: optimizer steps between checkpoints, at least 1.
-        keep: how many of the newest to keep, at least 2: one may be damaged. The best is kept as well, and may be one of them.
+        keep: how many of the newest to keep, at least 2: one may be damaged. The best is kept as well, and may be one of them:
+            of three, two are left beside it.
         best: a number in the `latest` of a callback, such as val/x0_mse, of steps that are both measured and saved; None keeps
             no best.
         best_mode: whether the least or the greatest value is the best; what is not finite never is.
