@@ -83,9 +83,11 @@ def begin_run(run_dir: Path, id: str, identity: Identity, mode: str | None, end:
         mode: as in `wandb_logger`.
         end: the run's last step; None: unknown.
     """
+    mode = choose_mode(mode)
     how = {"config": identity.config, "resume": "allow", "mode": mode, **identity.told()}
     with ExitStack() as lock:
-        _lock(run_dir, lock)  # first: what W&B says that it has must not grow meanwhile
+        if mode == "online":
+            _lock(run_dir, lock)  # first: what W&B says that it has must not grow meanwhile
         run = start_wandb(run_dir, id, "train", limits=end_limits(), **how)
         define_steps(run)
         if run.offline or run.disabled:  # nothing arrives from here: `denoiselab-sync` sends it, from the run folder
@@ -163,7 +165,7 @@ def start_wandb(
     import wandb
 
     with blocked():  # USR1 and USR2 would end W&B's own process, which a batch system sends them to as well
-        chosen: Any = os.environ.get("WANDB_MODE") or mode or ("online" if wandb.login(prompt=False) else "offline")
+        chosen: Any = choose_mode(mode)
         how |= {"dir": folder, "id": id, "job_type": job_type, "settings": settings(**(limits or {}))}
         try:
             return wandb.init(mode=chosen, **how)
@@ -172,6 +174,14 @@ def start_wandb(
                 raise
             log.warning("W&B cannot be reached (%s); this run is offline, send it later with sync.py", error)
             return wandb.init(mode="offline", **how)
+
+
+def choose_mode(mode: str | None) -> str:
+    """The mode that is meant, as in `wandb_logger`."""
+    import wandb
+
+    with blocked():
+        return os.environ.get("WANDB_MODE") or mode or ("online" if wandb.login(prompt=False) else "offline")
 
 
 def settings(**more: Any) -> Any:
