@@ -182,8 +182,7 @@ def run(tmp_path):
 
 
 def test_a_file_is_not_written_through_a_link(precious, run):
-    for name in (".a.json.partial", "a.json"):
-        (run / name).symlink_to(precious)
+    (run / "a.json").symlink_to(precious)
     write_json(run / "a.json", {"a": 1})
     assert sorted(path.name for path in run.iterdir()) == ["a.json"]
     assert json.loads((run / "a.json").read_text()) == {"a": 1}
