@@ -132,7 +132,7 @@ class OptunaSweeper(Sweeper):
         trials: how many, failed and pruned ones too.
         seed: of what is asked.
         sampler: "tpe" or "random".
-        startup: trials at random before the others.
+        startup: trials at random before the others, and before "median" stops any.
         pruner: "none", "median" or "halving": which trials are stopped early, by what they have logged of the metric.
         warmup: training steps before a trial may be stopped.
         params: further keys to search or to set, as on the command line.
