@@ -141,7 +141,7 @@ class LocalSweep:
         checked = [(self.as_checked(config), choices, some) for config, choices, some in composed]
         check_jobs(varies, checked)
         for config, _, _ in composed:
-            check_nodes(config)
+            self.check_room(config)
         if self.settings["dry_run"]:
             first = 0 if self.sweep is None else len(self.sweep.jobs)
             for number, some in enumerate(varies, first):
@@ -178,6 +178,14 @@ class LocalSweep:
     def as_checked(self, config: dict[str, Any]) -> dict[str, Any]:
         """A job's config as this machine can check it."""
         return config
+
+    def check_room(self, config: dict[str, Any]) -> None:
+        """See to it that a job fits into what one has here.
+
+        Raises:
+            ConfigError: otherwise.
+        """
+        check_nodes(config)
 
     def slots(self, configs: Sequence[dict[str, Any]]) -> list[Slot]:
         """The parts of the machine that jobs work in.

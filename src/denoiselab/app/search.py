@@ -25,7 +25,6 @@ from denoiselab.app.compose import Composition, composition_message
 from denoiselab.app.local_sweep import (
     LocalSweep,
     check_job,
-    check_nodes,
     last_logged,
     print_sweep_of,
     resumable,
@@ -217,7 +216,7 @@ def run_search(
             refused = None
             try:
                 composed = _compose(compose, composed[2])
-                _check(launcher.as_checked(composed[0]), launcher.trust)
+                _check(launcher, composed[0])
             except ConfigError as error:
                 refused = str(error)
             launcher.sweep, (job,) = add_jobs(launcher.sweep, [parameters], [composed])
@@ -248,17 +247,18 @@ def run_search(
     _conclude(search, launcher.sweep)
 
 
-def _check(config: dict[str, Any], trust: Sequence[str] | None) -> None:
+def _check(launcher: LocalSweep, config: dict[str, Any]) -> None:
     """See to it that a trial can begin; of a search that is gone on with, part of its config comes from a file.
 
     Raises:
         ConfigError: otherwise.
     """
-    if trust is not None:
-        check_targets(config, trust)
+    config = launcher.as_checked(config)
+    if launcher.trust is not None:
+        check_targets(config, launcher.trust)
         config = without_consent(config)
     check_job(config)
-    check_nodes(config)
+    launcher.check_room(config)
 
 
 def _compose(compose: Callable[[list[str]], Composition], overrides: list[str]) -> Composition:
@@ -290,7 +290,7 @@ def _probe(
             config, _, _ = _compose(compose, [*fixed, *parameters])
             configs.append(config)
             if not fine:
-                _check(launcher.as_checked(config), launcher.trust)
+                _check(launcher, config)
                 fine = True
         except ConfigError as error:
             first = first or error
