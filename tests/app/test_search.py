@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import optuna
 import pytest
 from calls import CONF, QUIET, call, files_below
+from hydra.errors import ConfigCompositionException
 from optuna.trial import TrialState
 
 from denoiselab.app import search as search_module
-from denoiselab.app.local_sweep import LocalSweep
-from denoiselab.app.search import STUDY, Search, as_distribution, as_override, run_search
+from denoiselab.app.local_sweep import LocalSweep, last_logged
+from denoiselab.app.search import PRUNERS, STUDY, Search, as_distribution, as_override, run_search
 from denoiselab.app.sweep import resume_search
 from denoiselab.reports.search_picture import importances
 from denoiselab.runs import local_jobs
@@ -156,12 +158,50 @@ def test_a_number_that_no_job_logs_is_said_after_the_first():
 
 def test_a_number_of_the_log_that_the_summary_does_not_have(monkeypatch, tmp_path):
     """What `sweep_job` adds to the status: its own tests are those of whole sweeps."""
-    from denoiselab.app.sweep_job import _last_logged
+    assert last_logged(tmp_path, "val/x0_mse") == (None, None)
+    (tmp_path / "metrics.csv").write_text("step,val/x0_mse,metrics/fd_digits_9\n2,nan,\n4,0.123456789,7\n6,,nan\n")
+    assert last_logged(tmp_path, "val/x0_mse") == (6, 0.123456789)
+    assert last_logged(tmp_path, "fd_digits_9") == (6, None)
+    (tmp_path / "trace.csv").write_text("step,loss\n6,1\n7,1\n")
+    assert last_logged(tmp_path, "other") == (7, None)
+    assert last_logged(tmp_path, None) == (7, None)
 
-    (tmp_path / "metrics.csv").write_text("step,val/x0_mse,metrics/fd_digits_9\n2,0.5,\n4,0.25,7\n6,,\n")
-    assert _last_logged(tmp_path, "val/x0_mse") == {"name": "val/x0_mse", "value": 0.25}
-    assert _last_logged(tmp_path, "fd_digits_9") == {"name": "fd_digits_9", "value": 7.0}
-    assert _last_logged(tmp_path, "other") is None
+
+def test_a_trial_that_cannot_be_composed_is_refused(monkeypatch, capsys):
+    """As a key that only one of several backbones has; the first three points that are tried may all be such."""
+    space = SPACE | {"kind": as_distribution("kind", ["good", "odd"], None, None, False)}
+    real = compose
+    count = []
+
+    def some(overrides):
+        if "kind=odd" in overrides or len(count) < 3:
+            count.append(None)
+            raise ConfigCompositionException("Could not override 'backbone.depth'")
+        return real(overrides)
+
+    monkeypatch.setattr(sys.modules[__name__], "compose", some)
+    search, sweep = run(space=space, trials=8)
+    kinds = [trial.params["kind"] for trial in search.study.get_trials()]
+    assert 0 < kinds.count("odd") < 8
+    assert states(search) == [TrialState.FAIL if kind == "odd" else TrialState.COMPLETE for kind in kinds]
+    odd = [job for job, kind in zip(read_jobs(sweep), kinds, strict=True) if kind == "odd"]
+    assert all("Could not override 'backbone.depth'" in job.status.error for job in odd)
+    assert "refused: " in capsys.readouterr().out
+
+
+def test_a_search_over_keys_that_not_every_choice_has(tmp_path, monkeypatch):
+    """The example of `OptunaSweeper`."""
+    monkeypatch.undo()
+    typed = ["hydra/sweeper=optuna", "hydra.sweeper.metric=val/x0_mse", "backbone=unet,dit"]
+    done = call("train", "-m", *typed, "backbone.depth=int(interval(2,8))", *QUIET, "--dry-run", cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert done.out.startswith("backbone  Categorical")
+
+
+def test_a_pruner_that_halves_leaves_the_first_steps_alone():
+    pruner = PRUNERS["halving"](5, 40)
+    assert pruner._min_resource == 40
+    assert PRUNERS["halving"](5, 0)._min_resource is None
 
 
 def test_a_trial_that_falls_behind_is_stopped(monkeypatch):
@@ -272,6 +312,11 @@ def test_every_recipe_of_a_sweep(file, tmp_path, monkeypatch):
         "objective=choice(v,'/evil/x')",
         "--config-dir=/evil",
         "hydra.sweeper.params.seed=1",
+        "hydra.sweeper.params={hydra.searchpath:'[/evil]'}",
+        "hydra.sweeper.params={objective:'v,../../evil'}",
+        "hydra.sweeper.params={seed:1,name:'${oc.env:SECRET}'}",
+        "hydra.sweeper.params=[1]",
+        "hydra.sweeper.params={'--config-dir':'/evil'}",
         3,
     ],
 )
@@ -283,6 +328,17 @@ def test_a_foreign_search_cannot_ask_for_more_than_a_search(word, tmp_path):
     with pytest.raises(ConfigError, match="which is no override of a search"):
         resume_search(read_sweep(sweep.folder), {"jobs": None, "trust": []})
     assert (sweep.folder / STUDY).exists()
+
+
+def test_parameters_that_were_typed_as_one_are_those_of_a_search(monkeypatch):
+    _, sweep = run(trials=1)
+    params = "hydra.sweeper.params={optimizer.lr:'tag(log,interval(1e-4,1e-2))',objective:'v,epsilon',seed:1}"
+    seen = []
+    monkeypatch.setattr("denoiselab.app.train_command", lambda: seen.extend(sys.argv))
+    monkeypatch.setattr(sys, "argv", ["sweep.py"])
+    for word in (params, "hydra.sweeper.params=null"):
+        resume_search(replace(sweep, command=["train.py", "-m", word]), {"jobs": None, "trust": []})
+        assert word in seen
 
 
 def test_what_a_foreign_search_names_is_checked_before_it_is_built(tmp_path):

@@ -217,11 +217,36 @@ def run(tmp_path):
 
 
 def test_a_file_is_not_written_through_a_link(precious, run):
-    for name in (".a.json.partial", "a.json"):
-        (run / name).symlink_to(precious)
+    (run / "a.json").symlink_to(precious)
     write_json(run / "a.json", {"a": 1})
     assert sorted(path.name for path in run.iterdir()) == ["a.json"]
     assert json.loads((run / "a.json").read_text()) == {"a": 1}
+
+
+def test_two_that_write_one_file_do_not_meet(run, monkeypatch):
+    """The second writes while the first has written and not yet renamed."""
+    real, began = os.fsync, []
+
+    def sync(descriptor):
+        if not began:
+            began.append(None)
+            write_json(run / "a.json", {"by": "second"})
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_json(run / "a.json", {"by": "first"})
+    assert json.loads((run / "a.json").read_text()) == {"by": "first"}
+    assert [path.name for path in run.iterdir()] == ["a.json"]
+
+
+def test_what_could_not_be_written_leaves_nothing(run, monkeypatch):
+    def full(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="disk full"):
+        write_json(run / "a.json", {})
+    assert list(run.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", [LOCK, WRITING])

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from denoiselab.runs import local_jobs
 from denoiselab.runs.errors import Stopped
-from denoiselab.runs.folder import SUMMARY, write_json
-from denoiselab.runs.local_jobs import Slot, job_environment, run_jobs, share_out
+from denoiselab.runs.folder import RUNNING, SUMMARY, read_json, write_json
+from denoiselab.runs.local_jobs import Slot, job_command, job_environment, run_jobs, share_out, start_here
 from denoiselab.runs.signals import stopping
-from denoiselab.runs.sweep_folder import LOG, add_jobs, make_sweep
+from denoiselab.runs.sweep_folder import LOG, Status, add_jobs, make_sweep, write_status
 
 
 @pytest.fixture
@@ -79,14 +81,46 @@ def test_the_numbers_of_the_summary_are_in_the_status(begin):
     assert status.wandb_id == "some-id"
 
 
+def test_what_a_job_that_was_killed_had_come_to_is_in_its_status(begin):
+    sweep, jobs = begin("os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGTERM)", "sys.exit(3)")
+    before = Status(attempts=1, checkpoint="old", step=2, metric={"name": "fid", "value": 9.0}, wandb_id="some-id")
+    for job in jobs:
+        write_json(job.folder / SUMMARY, RUNNING)
+        write_status(job.folder, before)
+    (jobs[0].folder / "checkpoints").mkdir()
+    for name in ("step_9999999.ckpt", "step_10000000.ckpt", "best.ckpt"):
+        (jobs[0].folder / "checkpoints" / name).touch()
+    known = {jobs[0].folder: (7, 3.5)}
+    _, states = run(replace(sweep, metric={"name": "fid"}), jobs, logged=lambda f, m: known.get(f, (None, None)))
+    assert (states[0].step, states[0].metric) == (7, {"name": "fid", "value": 3.5})
+    assert states[0].checkpoint == "checkpoints/step_10000000.ckpt"
+    kept = [(s.checkpoint, s.step, s.metric, s.wandb_id) for s in states]
+    assert kept[1:] == [("old", 2, before.metric, "some-id")] * 2
+    said = [read_json(job.folder / SUMMARY) for job in jobs]
+    assert said == [
+        {"status": "failed", "error": "killed by SIGKILL (out of memory?)"},
+        {"status": "preempted", "error": None},
+        {"status": "failed", "error": "ended with exit code 3"},
+    ]
+
+
 def test_jobs_work_at_a_time_and_no_more(begin, tmp_path):
-    program = "open('began', 'a').write('+'); time.sleep(0.7); open('began', 'a').write('-')"
+    program = """
+open("began", "a").write("+")
+while len(open("began").read()) < 2:  # the first is there when the second begins
+    time.sleep(0.01)
+"""
     sweep, jobs = begin(*[program] * 4)
-    run(sweep, jobs, at_once=2)
-    seen = (tmp_path / "began").read_text()
-    depth = [seen[: i + 1].count("+") - seen[: i + 1].count("-") for i in range(len(seen))]
-    assert max(depth) == 2
-    assert depth[-1] == 0
+    processes, at_work = [], []
+
+    def start(*what):
+        at_work.append(1 + sum(not process.is_over() for process in processes))
+        processes.append(start_here(*what))
+        return processes[-1]
+
+    run(sweep, jobs, at_once=2, start=start)
+    assert at_work[:2] == [1, 2]
+    assert max(at_work) == 2
 
 
 def test_a_job_has_a_process_group_of_its_own_that_ends_with_it(begin, tmp_path):
@@ -202,8 +236,24 @@ def test_nothing_of_another_job_or_run_reaches_a_job():
 def test_a_job_runs_the_code_that_was_kept_for_it(tmp_path, monkeypatch):
     monkeypatch.setenv("DENOISELAB_CACHE", str(tmp_path))
     (tmp_path / "code" / "0123abcd" / "src").mkdir(parents=True)
-    kept = job_environment({"PYTHONPATH": "mine"}, Slot(), "0123abcd")
-    assert kept["PYTHONPATH"] == f"{tmp_path}/code/0123abcd/src:mine"
+    kept = job_environment({"PYTHONPATH": "/mine"}, Slot(), "0123abcd")
+    assert kept["PYTHONPATH"] == f"{tmp_path}/code/0123abcd/src:/mine"
+
+
+def test_a_job_takes_no_code_from_the_folder_that_it_starts_in(tmp_path, monkeypatch):
+    """A sweep's file names it, and a sweep may be somebody else's."""
+    (tmp_path / "denoiselab").mkdir()
+    (tmp_path / "denoiselab" / "__init__.py").write_text("open('evil', 'w')")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([":", "src", os.environ.get("PYTHONPATH", "")]))
+    environment = job_environment(os.environ, Slot())
+    done = subprocess.run(
+        job_command(tmp_path / "missing"), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "config error: run=" in done.stderr
+    assert not (tmp_path / "evil").exists()
+    assert all(os.path.isabs(path) for path in environment["PYTHONPATH"].split(os.pathsep))
+    assert "PYTHONPATH" not in job_environment({"PYTHONPATH": ""}, Slot())
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,14 @@ def test_jobs_are_added_after_those_there_are(sweep):
     assert read_sweep(sweep.folder) == more
 
 
+def test_a_sweep_keeps_the_time_at_which_it_began(sweep):
+    (sweep.folder / SWEEP).write_text((sweep.folder / SWEEP).read_text().replace('"time": "2', '"time": "1'))
+    began = json.loads((sweep.folder / SWEEP).read_text())["time"]
+    assert began.startswith("1")
+    add_jobs(sweep, [["seed=3"]], [({}, {}, [])])
+    assert json.loads((sweep.folder / SWEEP).read_text())["time"] == began
+
+
 def test_names_say_what_varies_and_fit_into_a_folder_name():
     typed = ["objective=v,epsilon", "trainer.max_steps=4", "+sampler.eta=0,1"]
     overrides = ["objective=v", "trainer.max_steps=4", "+sampler.eta=0"]
@@ -104,6 +112,10 @@ def test_the_number_of_a_job_is_the_one_that_was_asked_for(sweep):
     (folder / "summary.json").write_text(json.dumps(summary))
     assert ended(folder, Status(), 0, None).metric == {"name": "fid", "value": 2.0}
     assert ended(folder, Status(), 0, None, "train/loss").metric == {"name": "train/loss", "value": 0.5}
+    exact = ended(folder, Status(), 0, None, "train/loss", (2, 0.500000123))  # which the summary rounds
+    assert (exact.step, exact.metric) == (3, {"name": "train/loss", "value": 0.500000123})
+    before = Status(metric={"name": "val/x0_mse", "value": 1.0})  # of an earlier attempt: this one diverged
+    assert ended(folder, before, 0, None, "val/x0_mse").metric is None
     assert ended(folder, Status(), 0, None, "val/x0_mse").metric is None
     assert ended(folder, Status(), 1, None).error == "e"
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 
 from denoiselab.app.compose import command, gather
 from denoiselab.app.resume import restore_overrides
+from denoiselab.runs.errors import ConfigError
+
+OF_SWEEPS = re.compile(r"[+~]*(hydra[./](sweep|sweeper|launcher)|sweep)(?=[./=]|$)")
+SHOWING = ("-c", "--cfg", "-h", "--help", "--hydra-help", "-i", "--info", "--version")  # instead of a run
 
 
 def train_command() -> None:
     """`denoiselab-train`; what a resumed run was started with need not be typed again."""
-    sys.argv[1:] = [_for_launcher(argument) for argument in sys.argv[1:]]
-    command("train", "denoiselab.app.train:train", complete=restore_overrides)
+
+    def complete(arguments: list[str]) -> list[str]:
+        check_multirun(arguments)
+        return restore_overrides([_for_launcher(argument) for argument in arguments])
+
+    command("train", "denoiselab.app.train:train", complete=complete)
 
 
 def _for_launcher(argument: str) -> str:
@@ -21,6 +30,20 @@ def _for_launcher(argument: str) -> str:
     return {"--dry-run": "hydra.launcher.dry_run=true", "hydra.sweep.dir": f"hydra.launcher.folder={value}"}.get(
         key, argument
     )
+
+
+def check_multirun(arguments: list[str]) -> None:
+    """See to it that what is about a sweep is not said of a single run, which would begin here and now.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    flags = {argument.partition("=")[0] for argument in arguments if argument.startswith("-")}
+    if flags & {"-m", "--multirun", *SHOWING} or "hydra.mode=MULTIRUN" in arguments:
+        return
+    for argument in arguments:
+        if argument == "--dry-run" or OF_SWEEPS.match(argument):
+            raise ConfigError(f"{argument}: needs -m; without anything that varies, that is a sweep of one job")
 
 
 def sweep_command() -> None:

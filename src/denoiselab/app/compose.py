@@ -142,8 +142,9 @@ class Composed:
         Raises:
             OmegaConfBaseException: otherwise.
         """
-        if self.problem is not None:
-            raise self.problem
+        problem, self.problem = self.problem, None  # a search goes on
+        if problem is not None:
+            raise problem
         if self.hidden:
             keys = ", ".join(dict.fromkeys(self.hidden))
             print(f"warning: {keys}: looks like a secret, and is {MASK} from here on", file=sys.stderr)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from denoiselab.app.compose import Composition
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
-from denoiselab.runs.folder import command_line
+from denoiselab.runs.folder import command_line, working
 from denoiselab.runs.frozen_code import freeze
 from denoiselab.runs.launch import launched_from_outside
 from denoiselab.runs.local_jobs import Slot, Start, run_jobs, share_out, start_here
-from denoiselab.runs.sweep_folder import Job, Sweep, add_jobs, make_sweep, read_jobs, read_sweep, sweep_name, varying
+from denoiselab.runs.sweep_folder import (
+    Job,
+    Status,
+    Sweep,
+    add_jobs,
+    make_sweep,
+    read_jobs,
+    read_sweep,
+    sweep_name,
+    varying,
+)
 
 LOCAL_KEYS: dict[str, Any] = {
     "folder": str | None,
@@ -81,6 +93,17 @@ def check_job(config: dict[str, Any]) -> None:
     check_run(config)
 
 
+def check_nodes(config: dict[str, Any]) -> None:
+    """See to it that the processes of this machine are all of a run that no launcher has started.
+
+    Raises:
+        ConfigError: otherwise; it would wait for those of other machines.
+    """
+    nodes = config["trainer"].get("num_nodes", 1)
+    if nodes > 1:
+        raise ConfigError(f"trainer.num_nodes={nodes}: start it with torchrun on each, or with -m hydra/launcher=slurm")
+
+
 def as_if_here(config: dict[str, Any]) -> dict[str, Any]:
     """A config that can be checked on a machine without GPUs, such as a login node."""
     return config | {"trainer": config["trainer"] | {"accelerator": "cpu"}}
@@ -115,7 +138,10 @@ class LocalSweep:
         """
         self.check()
         varies = [varying(some, self.typed) for some in overrides]
-        check_jobs(varies, [(self.as_checked(config), choices, some) for config, choices, some in composed])
+        checked = [(self.as_checked(config), choices, some) for config, choices, some in composed]
+        check_jobs(varies, checked)
+        for config, _, _ in composed:
+            self.check_room(config)
         if self.settings["dry_run"]:
             first = 0 if self.sweep is None else len(self.sweep.jobs)
             for number, some in enumerate(varies, first):
@@ -125,10 +151,21 @@ class LocalSweep:
         if self.sweep is None:
             self.begin(composed[0][0]["name"] or sweep_name(varies))
         assert self.sweep is not None
-        self.sweep, jobs = add_jobs(self.sweep, varies, composed)
-        with resumable(self.sweep):
-            run_jobs(self.sweep, jobs, slots, total=len(self.sweep.jobs), say=say, start=self.start)
+        with working(self.sweep.folder):
+            self.sweep, jobs = add_jobs(self.sweep, varies, composed)
+            self.do(jobs, slots)
         return jobs
+
+    def do(self, jobs: Sequence[Job], slots: Sequence[Slot], trust: Sequence[str] | None = None) -> None:
+        """Do some of its jobs; see `run_jobs`.
+
+        Raises:
+            Stopped: after a signal.
+        """
+        assert self.sweep is not None
+        total = len(self.sweep.jobs)
+        with resumable(self.sweep):
+            run_jobs(self.sweep, jobs, slots, total=total, say=say, trust=trust, start=self.start, logged=last_logged)
 
     def check(self) -> None:
         """See to it that the settings are what they can be.
@@ -141,6 +178,14 @@ class LocalSweep:
     def as_checked(self, config: dict[str, Any]) -> dict[str, Any]:
         """A job's config as this machine can check it."""
         return config
+
+    def check_room(self, config: dict[str, Any]) -> None:
+        """See to it that a job fits into what one has here.
+
+        Raises:
+            ConfigError: otherwise.
+        """
+        check_nodes(config)
 
     def slots(self, configs: Sequence[dict[str, Any]]) -> list[Slot]:
         """The parts of the machine that jobs work in.
@@ -179,7 +224,7 @@ class LocalSweep:
         """Say how all has ended.
 
         Raises:
-            RankError: if a job has failed.
+            RankError: if a job has not finished.
         """
         if self.sweep is not None:
             conclude(self.sweep)
@@ -230,7 +275,8 @@ def make_slots(at_once: int | str, configs: Sequence[dict[str, Any]]) -> list[Sl
     """
     import torch
 
-    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
+    named = (gpu.strip() for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
+    gpus = list(takewhile(lambda gpu: gpu and not gpu.startswith("-"), named))  # CUDA sees none from -1 on
     gpus = gpus or [str(index) for index in range(torch.cuda.device_count())]
     wanted = [
         config["trainer"]["devices"]
@@ -252,24 +298,43 @@ def conclude(sweep: Sweep) -> None:
     """The closing table of a sweep.
 
     Raises:
-        RankError: if a job has failed.
+        RankError: if a job has not finished, unless a search has stopped it.
     """
     print_sweep_of(sweep)
     states = [job.status.state for job in read_jobs(sweep)]
-    failed = states.count("failed")
-    if failed:
+    left = [state for state in states if state not in ("finished", "pruned")]
+    if left:
+        how = "failed" if set(left) == {"failed"} else f"did not finish ({', '.join(sorted(set(left)))})"
         raise RankError(
-            f"{failed} of {len(states)} jobs failed; to do them again: python scripts/sweep.py resume {sweep.folder}"
+            f"{len(left)} of {len(states)} jobs {how}; to do them again: python scripts/sweep.py resume {sweep.folder}"
         )
 
 
-def print_sweep_of(sweep: Sweep) -> None:
-    """The table of a sweep, on the terminal."""
+def print_sweep_of(sweep: Sweep, jobs: Sequence[tuple[Job, Status]] | None = None) -> None:
+    """The table of a sweep, on the terminal.
+
+    Args:
+        sweep: to show.
+        jobs: how they stand; None: as their files say.
+    """
     from rich.console import Console
 
     from denoiselab.reports.sweep_table import print_sweep
 
-    print_sweep(Console(), sweep, [(job, job.status) for job in read_jobs(sweep)])
+    print_sweep(Console(), sweep, [(job, job.status) for job in read_jobs(sweep)] if jobs is None else jobs)
+
+
+def last_logged(folder: Path, metric: str | None) -> tuple[int | None, float | None]:
+    """What a run has come to by what it has logged; see `Logged`."""
+    from denoiselab.training.history import METRICS, TRACE, read_rows, series
+
+    try:
+        rows = [*read_rows(folder / METRICS), *read_rows(folder / TRACE)]
+        values = {} if metric is None else series(folder, metric)
+    except ConfigError:  # a damaged file must not hide how a job has ended
+        return None, None
+    value = values[max(values)] if values else math.nan
+    return max((int(row["step"]) for row in rows), default=None), value if math.isfinite(value) else None
 
 
 @contextmanager

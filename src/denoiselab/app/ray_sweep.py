@@ -41,6 +41,14 @@ class RaySweep(LocalSweep):
         """A job's config as this machine can check it."""
         return as_if_here(config)
 
+    def check_room(self, config: dict[str, Any]) -> None:
+        """See to it that a job occupies the room of one node.
+
+        Raises:
+            ConfigError: otherwise.
+        """
+        self.room(config)
+
     def slots(self, configs: Sequence[dict[str, Any]]) -> list[Slot]:
         """One for each job that Ray is asked to find room for; which room that is, Ray says.
 

@@ -15,22 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from denoiselab.app.compose import Composition
-from denoiselab.app.local_sweep import LocalSweep, check_job, print_sweep_of, resumable, say
+from denoiselab.app.compose import Composition, composition_message
+from denoiselab.app.local_sweep import (
+    LocalSweep,
+    check_job,
+    last_logged,
+    print_sweep_of,
+    resumable,
+    say,
+)
 from denoiselab.app.sweep import STUDY, wait_for
 from denoiselab.app.trained import without_consent
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError, RankError
+from denoiselab.runs.folder import working
 from denoiselab.runs.local_jobs import run_jobs
-from denoiselab.runs.sweep_folder import Job, Status, Sweep, add_jobs, read_job, sweep_name, write_status
+from denoiselab.runs.sweep_folder import Job, Status, Sweep, add_jobs, read_job, read_sweep, sweep_name, write_status
 from denoiselab.runs.trust import check_targets
 from denoiselab.training.history import METRICS, read_rows, series
 
 PICTURE = "search.png"
+PROBES, MOST_PROBES = 3, 8  # points of the space that are tried before a search begins; more if none is legal
 FOLDER = "folder"  # attribute of a trial: the folder of its job
 SETTINGS: dict[str, Any] = {
     "metric": str,
@@ -44,14 +55,14 @@ SETTINGS: dict[str, Any] = {
     "params": dict | None,
 }
 SAMPLERS: dict[str, Callable[[int, int], optuna.samplers.BaseSampler]] = {
-    "tpe": lambda seed, startup: optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup),
+    "tpe": lambda seed, startup: optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup, constant_liar=True),
     "random": lambda seed, startup: optuna.samplers.RandomSampler(seed=seed),
 }
 MODES = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
 PRUNERS: dict[str, Callable[[int, int], optuna.pruners.BasePruner]] = {
     "none": lambda startup, warmup: optuna.pruners.NopPruner(),
     "median": lambda startup, warmup: optuna.pruners.MedianPruner(startup, warmup),
-    "halving": lambda startup, warmup: optuna.pruners.SuccessiveHalvingPruner(),
+    "halving": lambda startup, warmup: optuna.pruners.SuccessiveHalvingPruner(warmup or "auto"),
 }
 
 
@@ -89,7 +100,7 @@ class Search:
         )
         return self.study
 
-    def probes(self, count: int = 3) -> list[list[str]]:
+    def probes(self, count: int) -> list[list[str]]:
         """Some random points of the space, as overrides."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.settings["seed"]))
@@ -180,43 +191,47 @@ def run_search(
         Stopped: after a signal.
     """
     launcher.check()
-    probes = [compose([*fixed, *parameters]) for parameters in search.probes()]
-    _check_some([launcher.as_checked(config) for config, _, _ in probes], launcher.trust)
+    probes = _probe(search, launcher, fixed, compose)
     if launcher.settings["dry_run"]:
         print("\n".join(f"{key}  {distribution}" for key, distribution in search.space.items()))
         return
-    slots = launcher.slots([config for config, _, _ in probes])
+    slots = launcher.slots(probes)
     metric = {"name": search.settings["metric"], "mode": search.settings["mode"]}
     launcher.sweep = launcher.begin(name or sweep_name([list(search.space)]), metric)
-    search.open(launcher.sweep.folder)
     trials: dict[int, Trial] = {}
 
     def jobs() -> Iterator[Job]:
         assert launcher.sweep is not None
         for trial, job in search.unanswered(launcher.sweep.folder):
             trials[job.number] = trial
+            wait_for(job)
             if job.status.state in ("finished", "failed", "pruned"):
                 search.tell(trial, job)
             else:
-                wait_for(job)
                 yield job
         while search.left() > 0:
             trial = search.ask()
             parameters = [as_override(key, value) for key, value in trial.params.items()]
-            composed = compose([*fixed, *parameters])
+            composed: Composition = ({}, {}, [*fixed, *parameters])
+            refused = None
+            try:
+                composed = _compose(compose, composed[2])
+                _check(launcher, composed[0])
+            except ConfigError as error:
+                refused = str(error)
             launcher.sweep, (job,) = add_jobs(launcher.sweep, [parameters], [composed])
             trial.set_user_attr(FOLDER, job.folder.name)
             trials[job.number] = trial
-            try:
-                _check(launcher.as_checked(job.config), launcher.trust)
-            except ConfigError as error:
-                write_status(job.folder, Status(state="failed", exit_code=2, error=str(error)))
-                say(f"[{job.number + 1}/{search.settings['trials']}] {job.name}: refused: {error}")
-                search.tell(trial, job)
+            if refused is None:
+                yield job
                 continue
-            yield job
+            write_status(job.folder, Status(state="failed", exit_code=2, error=refused))
+            say(f"[{job.number + 1}/{search.settings['trials']}] {job.name}: refused: {refused}")
+            search.tell(trial, job)
 
-    with resumable(launcher.sweep):
+    with working(launcher.sweep.folder), resumable(launcher.sweep):
+        launcher.sweep = read_sweep(launcher.sweep.folder)  # another process may have gone on with it until now
+        search.open(launcher.sweep.folder)
         run_jobs(
             launcher.sweep,
             jobs(),
@@ -227,37 +242,62 @@ def run_search(
             start=launcher.start,
             prune=lambda job: search.prune(trials[job.number], job),
             done=lambda job: search.tell(trials[job.number], job),
+            logged=last_logged,
         )
     _conclude(search, launcher.sweep)
 
 
-def _check(config: dict[str, Any], trust: Sequence[str] | None) -> None:
+def _check(launcher: LocalSweep, config: dict[str, Any]) -> None:
     """See to it that a trial can begin; of a search that is gone on with, part of its config comes from a file.
 
     Raises:
         ConfigError: otherwise.
     """
-    if trust is not None:
-        check_targets(config, trust)
+    config = launcher.as_checked(config)
+    if launcher.trust is not None:
+        check_targets(config, launcher.trust)
         config = without_consent(config)
     check_job(config)
+    launcher.check_room(config)
 
 
-def _check_some(configs: Sequence[dict[str, Any]], trust: Sequence[str] | None) -> None:
-    """See to it that at least one of some trials could begin.
+def _compose(compose: Callable[[list[str]], Composition], overrides: list[str]) -> Composition:
+    """Overrides as a job.
 
     Raises:
-        ConfigError: if none can, why the first cannot.
+        ConfigError: if they do not go together, as a key of one choice with another choice.
     """
-    first: ConfigError | None = None
-    for config in configs:
+    try:
+        return compose(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(composition_message(error, overrides)) from error
+
+
+def _probe(
+    search: Search, launcher: LocalSweep, fixed: Sequence[str], compose: Callable[[list[str]], Composition]
+) -> list[dict[str, Any]]:
+    """The configs of some points of the space, of which at least one could begin.
+
+    Raises:
+        ConfigError: if none of `MOST_PROBES` can, why the first cannot.
+    """
+    configs: list[dict[str, Any]] = []
+    fine, first = False, None
+    for number, parameters in enumerate(search.probes(MOST_PROBES)):
+        if fine and number >= PROBES:
+            break
         try:
-            _check(config, trust)
-            return
+            config, _, _ = _compose(compose, [*fixed, *parameters])
+            configs.append(config)
+            if not fine:
+                _check(launcher, config)
+                fine = True
         except ConfigError as error:
             first = first or error
-    if first is not None:
+    if not fine:
+        assert first is not None
         raise first
+    return configs
 
 
 def _conclude(search: Search, sweep: Sweep) -> None:

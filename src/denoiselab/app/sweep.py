@@ -13,13 +13,12 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from denoiselab.app.local_sweep import LocalSweep, check_at_once, conclude, print_sweep_of, resumable, say
+from denoiselab.app.local_sweep import LocalSweep, check_at_once, last_logged, print_sweep_of
 from denoiselab.app.resume import is_plain
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import held
+from denoiselab.runs.folder import held, is_worked_on, working
 from denoiselab.runs.frozen_code import freeze
-from denoiselab.runs.local_jobs import run_jobs
 from denoiselab.runs.sweep_folder import (
     UNFINISHED,
     Job,
@@ -82,19 +81,37 @@ def _one(given: str) -> Path:
 
 def _resume(sweep: Sweep, options: dict[str, Any]) -> None:
     """Do what is unfinished, in the same folders; a search goes on to its last trial."""
-    if options["code"] == "now":
-        sweep = replace(sweep, code=freeze())
-        write_sweep(sweep)
-    if (sweep.folder / STUDY).exists():
-        resume_search(sweep, options)
-        return
+    with working(sweep.folder):
+        sweep = read_sweep(sweep.folder)  # another process may have gone on with it until now
+        if options["code"] == "now":
+            sweep = replace(sweep, code=freeze())
+            write_sweep(sweep)
+        if not (sweep.folder / STUDY).exists():
+            _go_on(sweep, options)
+            return
+    resume_search(sweep, options)
+
+
+def _go_on(sweep: Sweep, options: dict[str, Any]) -> None:
+    """Do what is unfinished of a sweep that is no search.
+
+    Raises:
+        ConfigError: if that cannot be.
+    """
+    if not sweep.jobs:
+        raise ConfigError(f"sweep={sweep.folder}: was killed before its jobs were written; start it again")
     at_once = sweep.launcher.get("jobs", 1) if options["jobs"] is None else options["jobs"]
     check_at_once(at_once, "jobs")
-    todo = [job for job in read_jobs(sweep) if job.status.state in UNFINISHED]
-    if not options["failed"]:
-        todo = [job for job in todo if job.status.state != "failed"]
-    print(f"sweep  {sweep.folder}\n{len(todo)} of {len(sweep.jobs)} jobs to do")
-    if sweep.launcher.get("kind") == "slurm":
+    wanted = [state for state in UNFINISHED if options["failed"] or state != "failed"]
+    todo = [job for job in read_jobs(sweep) if job.status.state in wanted]
+    slurm = sweep.launcher.get("kind") == "slurm"
+    print(f"sweep  {sweep.folder}")
+    if not slurm:
+        for job in todo:
+            wait_for(job)
+        todo = [job for job in todo if job.status.state in wanted]  # what has finished meanwhile is done
+    print(f"{len(todo)} of {len(sweep.jobs)} jobs to do")
+    if slurm:
         from denoiselab.app.cluster import resume_submitted
 
         resume_submitted(sweep, todo)
@@ -102,12 +119,8 @@ def _resume(sweep: Sweep, options: dict[str, Any]) -> None:
     if not os.path.isdir(sweep.directory):
         raise ConfigError(f"sweep={sweep.folder}: was started from {sweep.directory}, which is not there")
     here = _again(sweep, at_once)
-    with resumable(sweep):
-        for job in todo:
-            wait_for(job)
-        slots = here.slots([job.config for job in todo])
-        run_jobs(sweep, todo, slots, total=len(sweep.jobs), say=say, trust=options["trust"], start=here.start)
-    conclude(sweep)
+    here.do(todo, here.slots([job.config for job in todo]), options["trust"])
+    here.conclude()
 
 
 def _again(sweep: Sweep, at_once: int | str) -> LocalSweep:
@@ -115,7 +128,7 @@ def _again(sweep: Sweep, at_once: int | str) -> LocalSweep:
     from denoiselab.app.ray_sweep import RaySweep
 
     kind = RaySweep if sweep.launcher.get("kind") == "ray" else LocalSweep
-    here = kind(settings=PLACE | sweep.launcher | {"jobs": at_once}, typed=[], trusted=[])
+    here = kind(settings=PLACE | sweep.launcher | {"jobs": at_once}, typed=[], trusted=[], sweep=sweep)
     here.check()
     return here
 
@@ -147,17 +160,23 @@ def _is_of_a_search(word: str) -> bool:
     from hydra.core.override_parser.types import IntervalSweep
     from hydra.errors import HydraException
 
-    if word in ("-m", "--multirun") or OF_A_SEARCH.fullmatch(word):
+    if word in ("-m", "--multirun", "hydra.sweeper.params=null") or OF_A_SEARCH.fullmatch(word):
         return True
     try:
         override = OverridesParser.create().parse_override(word)
     except HydraException:
         return False
     if not override.is_sweep_override():
-        return is_plain(word)
+        return is_plain(word) or (word.startswith("hydra.sweeper.params=") and _are_of_a_search(override.value()))
     key, interval = override.get_key_element(), isinstance(override.value(), IntervalSweep)
     values = ["0"] if interval else override.sweep_string_iterator()
     return all(is_plain(f"{key}={value}") for value in values)
+
+
+def _are_of_a_search(params: Any) -> bool:
+    """Whether keys and values that the sweeper reads as words of a command line are such of a search, and plain."""
+    words = [f"{key}={value}" for key, value in params.items()] if isinstance(params, dict) else []
+    return bool(words) and all("hydra" not in word and "$" not in word and _is_of_a_search(word) for word in words)
 
 
 def wait_for(job: Job) -> None:
@@ -169,7 +188,7 @@ def wait_for(job: Job) -> None:
     began = time.monotonic()
     while True:
         try:
-            with held(job.folder):
+            with working(job.folder), held(job.folder):
                 return
         except ConfigError:
             if time.monotonic() - began > PATIENCE:
@@ -193,13 +212,9 @@ def look(job: Job, metric: str | None, queue: Mapping[str, str]) -> Status:
         if status.state == "preempted" or said == "CANCELLED":
             return replace(status, state="interrupted" if said == "CANCELLED" else "preempted", error=None)
         return ended(job.folder, status, 1, f"ended without a word (Slurm: {said})", metric)
-    if status.state != "running":
+    if status.state != "running" or is_worked_on(job.folder) or is_worked_on(job.folder.parent):  # who starts it
         return status
-    try:
-        with held(job.folder):
-            return ended(job.folder, status, 1, "ended without a word (killed?)", metric)
-    except ConfigError:
-        return status
+    return ended(job.folder, status, 1, "ended without a word (killed?)", metric, last_logged(job.folder, metric))
 
 
 def look_at_all(sweep: Sweep) -> list[tuple[Job, Status]]:
@@ -212,21 +227,23 @@ def look_at_all(sweep: Sweep) -> list[tuple[Job, Status]]:
 
 
 def _status(sweep: Sweep, options: dict[str, Any]) -> None:
-    for job, status in look_at_all(sweep):
-        if status != job.status:
+    jobs = look_at_all(sweep)
+    for job, status in jobs:
+        if status.cluster_job is not None and status != job.status:  # others are written by who started them
             write_status(job.folder, status)
-    print_sweep_of(sweep)
+    print_sweep_of(sweep, jobs)
 
 
 def _collect(sweep: Sweep, options: dict[str, Any]) -> None:
     """Write a table of all jobs: what varies, how each stands, and every number of its summary."""
     from denoiselab.reports.sweep_table import rows
 
-    table = rows(sweep, look_at_all(sweep))
+    jobs = look_at_all(sweep)
+    table = rows(sweep, jobs)
     columns = list(dict.fromkeys(key for row in table for key in row))
     with (sweep.folder / RESULTS).open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(table)
-    print_sweep_of(sweep)
+    print_sweep_of(sweep, jobs)
     print(f"written to {sweep.folder / RESULTS}")

@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import MutableMapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from denoiselab.app.compose import answering
+from denoiselab.app.local_sweep import last_logged
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
-from denoiselab.runs.folder import write_text
+from denoiselab.runs.folder import working, write_text
 from denoiselab.runs.launch import is_echo
 from denoiselab.runs.signals import held_back
 from denoiselab.runs.sweep_folder import Status, ended, membership, read_job, read_status, read_sweep, write_status
@@ -39,7 +40,8 @@ def main() -> None:
     options = parser.parse_args()
     began = time.time()
     several = _join_step(os.environ)
-    with answering():
+    alone = options.conclude is None and os.environ.get("RANK", "0") == "0"
+    with answering(), working(options.folder) if alone else nullcontext():
         if not options.stay:
             _end_with_parent()
         if options.cores:
@@ -83,9 +85,7 @@ def main() -> None:
                 error = _first_cause(job.folder, error, echo)
             if first:
                 with held_back():
-                    done = ended(job.folder, status, code, error, metric)
-                    if metric is not None and done.metric is None:
-                        done = replace(done, metric=_last_logged(job.folder, metric))
+                    done = ended(job.folder, status, code, error, metric, last_logged(job.folder, metric))
                     write_status(job.folder, replace(done, seconds=round(time.time() - began, 1)))
 
 
@@ -165,15 +165,7 @@ def _conclude(folder: Path, status: Status, code: int) -> None:
     if (folder / SUMMARY).exists() and read_json(folder / SUMMARY) == RUNNING:
         write_json(folder / SUMMARY, {"status": "failed", "error": cause})
     if status.state == "running":
-        write_status(folder, ended(folder, status, code, cause))
-
-
-def _last_logged(folder: Path, metric: str) -> dict[str, Any] | None:
-    """The newest value of a number that is not in the summary."""
-    from denoiselab.training.history import series
-
-    values = series(folder, metric)
-    return {"name": metric, "value": values[max(values)]} if values else None
+        write_status(folder, ended(folder, status, code, cause, logged=last_logged(folder, None)))
 
 
 def _end_with_parent() -> None:

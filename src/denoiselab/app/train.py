@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from denoiselab.app.build import Training, make_training
 from denoiselab.app.compose import cause
 from denoiselab.app.job import Job, agree, open_job, set_up
+from denoiselab.app.local_sweep import check_nodes
 from denoiselab.app.nodes import Parts, make
 from denoiselab.app.processes import meet
 from denoiselab.app.resume import read_data, recorded_data, restored
@@ -72,6 +73,8 @@ def train(config: dict[str, Any], choices: dict[str, str], overrides: list[str])
             f"trainer.devices={training.settings.devices}: with trainer.num_nodes={training.settings.num_nodes} makes "
             f"{training.settings.world_size} processes, but the launcher has started {given}"
         )
+    if not launched_from_outside():
+        check_nodes(config)
     try:
         parts.data.prepare_data()  # a download, where the datamodule is told to make one
     except ValueError as error:

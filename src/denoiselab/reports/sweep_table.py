@@ -46,7 +46,7 @@ def rows(sweep: Sweep, jobs: Sequence[tuple[Job, Status]]) -> list[dict[str, Any
 
 
 def print_sweep(console: Console, sweep: Sweep, jobs: Sequence[tuple[Job, Status]]) -> None:
-    """The table of a sweep, and below it the first cause and the log of each job that failed."""
+    """The table of a sweep, and below it the first cause and the log of each job that failed or was stopped."""
     keys = list(dict.fromkeys(key for job, _ in jobs for key in varying(job)))
     metric = next((status.metric["name"] for _, status in jobs if status.metric), None)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -69,9 +69,10 @@ def print_sweep(console: Console, sweep: Sweep, jobs: Sequence[tuple[Job, Status
         )
     console.print(table)
     for job, status in jobs:
-        if status.state == "failed":
-            cause = escape(f"job {job.number} failed: {status.error}")
-            console.print(f"[bold red]{cause}[/]", soft_wrap=True, highlight=False)
+        if status.state in ("failed", "preempted", "interrupted"):
+            cause = escape(f"job {job.number} {status.state}" + (f": {status.error}" if status.error else ""))
+            style = STYLES.get(status.state, "yellow")
+            console.print(f"[{style}]{cause}[/]", soft_wrap=True, highlight=False)
             console.print(escape(f"  log: {job.folder / status.log}"), soft_wrap=True, highlight=False, style="dim")
 
 

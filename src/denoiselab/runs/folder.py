@@ -14,6 +14,7 @@ import re
 import stat
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -30,6 +31,7 @@ DATA = "data.json"  # which files a set is made of, where single ones may break
 ID = "id"  # of the run, in W&B for example: kept, so that a resumed run is the same one
 LOCK, WRITING = ".lock", ".writing"  # held by the process that was started, and by that of rank 0
 SENDING = ".sending"  # held by the process that sends the run to W&B
+WORKING = ".working"  # held by the process that works on a sweep, or on a job of one from its first line
 GIT = "_git.json"  # in a copy of the package: the state of the checkout that it was made of
 RUNNING = {"status": "running"}  # the summary of a run that has not ended
 STARTS = "starts.jsonl"  # a line for each time that a run was started or resumed
@@ -144,21 +146,45 @@ def sending(folder: Path) -> AbstractContextManager[None]:
     return _locked(folder, SENDING, "sent to W&B")
 
 
+def working(folder: Path) -> AbstractContextManager[None]:
+    """Inside, this process is the one that works on a sweep, or on a job of one; see `held`."""
+    return _locked(folder, WORKING, "worked on", patience=2.0)
+
+
+def is_worked_on(folder: Path) -> bool:
+    """Whether another process works on a sweep or a job; also where that cannot be known."""
+    try:
+        with open_own(folder / WORKING, "r") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment, for which `working` waits
+            return False
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+
+
 @contextmanager
-def _locked(folder: Path, name: str, doing: str = "trained") -> Iterator[None]:
+def _locked(folder: Path, name: str, doing: str = "trained", patience: float = 0.0) -> Iterator[None]:
     try:
         opened = open_own(folder / name, "a+")
     except OSError as error:
         raise ConfigError(f"run={folder}: {name} cannot be written to ({error.strerror})") from error
     with opened as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.seek(0)
-            who = show(file.read(1000).strip()) or "another process"
-            raise ConfigError(f"run={folder}: is being {doing} by {who}") from None
-        except OSError as error:  # some file systems of clusters know no locks
-            log.warning("run=%s: cannot be locked (%s); let no other process train it", folder, error.strerror)
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() < end:
+                    time.sleep(0.05)
+                    continue
+                file.seek(0)
+                who = show(file.read(1000).strip()) or "another process"
+                raise ConfigError(f"run={folder}: is being {doing} by {who}") from None
+            except OSError as error:  # some file systems of clusters know no locks
+                log.warning("run=%s: cannot be locked (%s); let no other process train it", folder, error.strerror)
+                break
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
@@ -204,13 +230,15 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, complete or not at all: on disk before it takes its name, and under that when this returns."""
-    beside = path.with_name(f".{path.name}.partial")
-    beside.unlink(missing_ok=True)  # left by a crash, or a link to a file elsewhere
-    with beside.open("x") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # of this write alone
+    try:
+        with beside.open("x") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Protocol
 
 from denoiselab.runs.errors import Stopped
-from denoiselab.runs.folder import open_own
+from denoiselab.runs.folder import RUNNING, SUMMARY, open_own, write_json
 from denoiselab.runs.frozen_code import frozen
-from denoiselab.runs.sweep_folder import LOG, Job, Status, Sweep, ended, read_status, write_status
+from denoiselab.runs.sweep_folder import LOG, Job, Logged, Status, Sweep, ended, read_plain, read_status, write_status
 
 POLL_SECONDS = 0.2
 WATCH_SECONDS = 2.0  # between looks at the numbers of a running job
@@ -156,8 +156,11 @@ def job_environment(environment: Mapping[str, str], slot: Slot, code: str | None
         code: the name of the copy of the code that it runs.
     """
     kept = {key: value for key, value in environment.items() if not _FOREIGN.fullmatch(key)}
+    paths = [os.path.abspath(path) for path in filter(None, kept.pop("PYTHONPATH", "").split(os.pathsep))]
     if code is not None:
-        kept["PYTHONPATH"] = os.pathsep.join([str(frozen(code)), *filter(None, [kept.get("PYTHONPATH")])])
+        paths.insert(0, str(frozen(code)))
+    if paths:  # none of them begins at the folder that a job starts in
+        kept["PYTHONPATH"] = os.pathsep.join(paths)
     return kept | ({} if slot.gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(slot.gpus)})
 
 
@@ -189,7 +192,8 @@ def job_command(folder: Path, slot: Slot | None = None, trust: Sequence[str] | N
         slot: to work in.
         trust: None if its config was composed by whoever starts it; else packages, beside ours, whose classes it may name.
     """
-    line = [sys.executable, "-m", "denoiselab.app.sweep_job", str(folder)]
+    # -P: the folder that it starts in, which a foreign sweep names, brings no code along.
+    line = [sys.executable, "-P", "-m", "denoiselab.app.sweep_job", str(folder)]
     line += ["--cores", ",".join(map(str, slot.cores))] if slot is not None and slot.cores is not None else []
     return line + ([] if trust is None else ["--trust", ",".join(trust)])
 
@@ -216,6 +220,7 @@ def run_jobs(
     start: Start = start_here,
     prune: Callable[[Job], bool] | None = None,
     done: Callable[[Job], None] | None = None,
+    logged: Logged = lambda folder, metric: (None, None),
 ) -> None:
     """Do the jobs, one in each slot at a time, and write down how each ends.
 
@@ -229,6 +234,7 @@ def run_jobs(
         start: begins a job.
         prune: is asked now and then whether a running job shall stop.
         done: is told of each that has ended.
+        logged: what a job that could not say so itself has come to.
 
     Raises:
         Stopped: if a signal stops them; they have saved.
@@ -252,7 +258,7 @@ def run_jobs(
                 if one.process.is_over():
                     at_work.remove(one)
                     free.append(one.slot)
-                    _conclude(sweep, one, say)
+                    _conclude(sweep, one, say, logged)
                     if done is not None:
                         done(one.job)
                 elif prune is not None and not one.pruned and time.monotonic() - one.looked > WATCH_SECONDS:
@@ -261,24 +267,28 @@ def run_jobs(
                         one.pruned = True
                         one.process.tell(signal.SIGTERM)
     except Stopped as stopped:
-        _stop(sweep, at_work, stopped, say)
+        _stop(sweep, at_work, stopped, say, logged)
         raise
 
 
-def _conclude(sweep: Sweep, one: _Running, say: Callable[[str], None]) -> None:
+def _conclude(sweep: Sweep, one: _Running, say: Callable[[str], None], logged: Logged) -> None:
     """Write down how a job has ended, and say so."""
-    status, code, seconds = read_status(one.job.folder), one.process.returncode, time.monotonic() - one.began
+    folder = one.job.folder
+    status, code, seconds = read_status(folder), one.process.returncode, time.monotonic() - one.began
     if code is None:
         say(f"{one.place} {one.job.name}: has not begun")
         return
     if status.state in ("queued", "running"):  # it could not say so itself
         killed = f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         memory = " (out of memory?)" if code == -signal.SIGKILL else ""
-        status = ended(one.job.folder, status, code, one.process.why or killed + memory, sweep.metric_name)
+        metric = sweep.metric_name
+        status = ended(folder, status, code, one.process.why or killed + memory, metric, logged(folder, metric))
+        if read_plain(folder / SUMMARY) == RUNNING:
+            write_json(folder / SUMMARY, {"status": status.state, "error": status.error})
     if one.pruned and status.state == "preempted":
         status = replace(status, state="pruned")
     status = replace(status, seconds=round(seconds, 1))
-    write_status(one.job.folder, status)
+    write_status(folder, status)
     say(f"{one.place} {one.job.name}: {outcome(status)}")
 
 
@@ -291,7 +301,7 @@ def outcome(status: Status) -> str:
     return f"{status.state}{took}{shown}{why}"
 
 
-def _stop(sweep: Sweep, at_work: list[_Running], stopped: Stopped, say: Callable[[str], None]) -> None:
+def _stop(sweep: Sweep, at_work: list[_Running], stopped: Stopped, say: Callable[[str], None], logged: Logged) -> None:
     """Hand a signal on to the jobs at work, and wait until they have saved; another signal kills them."""
     if at_work:
         say(f"stopped by {stopped.name}: {len(at_work)} at work save and stop; once more kills them")
@@ -304,7 +314,7 @@ def _stop(sweep: Sweep, at_work: list[_Running], stopped: Stopped, say: Callable
         for one in at_work:
             one.process.kill()
     for one in at_work:
-        _conclude(sweep, one, say)
+        _conclude(sweep, one, say, logged)
 
 
 def _near(path: Path) -> str:

@@ -14,19 +14,22 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from denoiselab.runs.errors import INTERRUPTED, REQUEUE, ConfigError
-from denoiselab.runs.folder import ID, SUMMARY, make_run_folder, read_json, read_small, write_json
+from denoiselab.runs.folder import ID, SUMMARY, WORKING, make_run_folder, read_json, read_small, write_json
 
 SWEEP, JOB, STATUS, LOG = "sweep.json", "job.json", "status.json", "job.log"
-OF_A_JOB = (JOB, STATUS, LOG, ".failed")  # what is in a run folder before the run has begun
+OF_A_JOB = (JOB, STATUS, LOG, WORKING, ".failed")  # what is in a run folder before the run has begun
 LONGEST = 100  # characters of a folder's name
 
+# Of a folder and the name of a number: the step that its run has come to, and the newest value of the number, if it is one.
+Logged = Callable[[Path, str | None], tuple[int | None, float | None]]
 State = Literal["queued", "running", "finished", "failed", "preempted", "interrupted", "pruned"]
 UNFINISHED = ("queued", "running", "failed", "preempted", "interrupted")
 OF_EXIT_CODES: dict[int, State] = {  # all others: failed
@@ -182,9 +185,9 @@ def make_sweep(root: Path, folder: Path | None, name: str, sweep: dict[str, Any]
 
 def write_sweep(sweep: Sweep) -> None:
     """Write sweep.json."""
-    plain = {key: value for key, value in asdict(sweep).items() if key != "folder"}
-    began = datetime.now().isoformat(timespec="seconds")
-    write_json(sweep.folder / SWEEP, {"name": sweep.folder.name, "time": began} | plain)
+    told = {key: value for key, value in asdict(sweep).items() if key != "folder"}
+    began = read_plain(sweep.folder / SWEEP).get("time") or datetime.now().isoformat(timespec="seconds")
+    write_json(sweep.folder / SWEEP, {"name": sweep.folder.name, "time": began} | told)
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -298,8 +301,15 @@ def write_status(folder: Path, status: Status) -> None:
     write_json(folder / STATUS, asdict(status))
 
 
-def ended(folder: Path, status: Status, exit_code: int, error: str | None, metric: str | None = None) -> Status:
-    """The status of a job that has ended, with what its run folder says.
+def ended(
+    folder: Path,
+    status: Status,
+    exit_code: int,
+    error: str | None,
+    metric: str | None = None,
+    logged: tuple[int | None, float | None] = (None, None),
+) -> Status:
+    """The status of a job that has ended, with what its run folder says; what that does not say stays as it was.
 
     Args:
         folder: of the job.
@@ -307,8 +317,9 @@ def ended(folder: Path, status: Status, exit_code: int, error: str | None, metri
         exit_code: of its process; negative: the signal that killed it.
         error: why it failed; None: what its summary says.
         metric: that stands for it; None: the first of its summary.
+        logged: see `Logged`; the value is exact, and that of the summary rounded.
     """
-    summary = _plain(folder / SUMMARY)
+    summary, (step, value) = read_plain(folder / SUMMARY), logged
     numbers = {
         key: value
         for group in ("metrics", "losses")
@@ -316,24 +327,28 @@ def ended(folder: Path, status: Status, exit_code: int, error: str | None, metri
         if isinstance(value, int | float)
     }
     name = metric if metric is not None else next(iter(numbers), None)
-    try:
+    value = numbers.get(name or "") if value is None else value
+    before = None if "losses" in summary else status.metric
+    saved = (folder / "checkpoints").glob("step_*.ckpt")
+    newest = max(saved, key=lambda path: (len(path.name), path.name), default=None)
+    wandb_id = status.wandb_id
+    with suppress(FileNotFoundError, ConfigError):
         wandb_id = read_small(folder / ID, 1000).decode(errors="replace").strip()
-    except (FileNotFoundError, ConfigError):
-        wandb_id = None
     state = OF_EXIT_CODES.get(exit_code, "failed")
     return replace(
         status,
         state=state,
         exit_code=exit_code,
         error=(error or summary.get("error")) if state == "failed" else None,
-        checkpoint=summary.get("checkpoint"),
-        step=summary.get("steps"),
-        metric={"name": name, "value": numbers[name]} if name in numbers else None,
+        checkpoint=summary.get("checkpoint") or (f"checkpoints/{newest.name}" if newest else status.checkpoint),
+        step=next((known for known in (summary.get("steps"), step, status.step) if known is not None), None),
+        metric=before if value is None else {"name": name, "value": value},
         wandb_id=wandb_id,
     )
 
 
-def _plain(path: Path) -> dict[str, Any]:
+def read_plain(path: Path) -> dict[str, Any]:
+    """The plain data of a file; nothing if it cannot be read."""
     try:
         found = read_json(path)
     except (FileNotFoundError, NotADirectoryError, ConfigError):
@@ -343,5 +358,5 @@ def _plain(path: Path) -> dict[str, Any]:
 
 def membership(run_dir: Path) -> tuple[str, str] | None:
     """The name of the sweep that a run is a job of, and the job's own, such as "objective=v,seed=1"; None for a single run."""
-    sweep, job = _plain(run_dir.parent / SWEEP).get("name"), _plain(run_dir / JOB).get("name")
+    sweep, job = read_plain(run_dir.parent / SWEEP).get("name"), read_plain(run_dir / JOB).get("name")
     return (sweep, job) if isinstance(sweep, str) and isinstance(job, str) and sweep and job else None

@@ -72,7 +72,26 @@ class LocalLauncher(_SweepLauncher):
             self.composed.closing.append(self.sweep.conclude)
         with self.composed.at_work():
             done = self.sweep.launch(job_overrides, jobs)
-        return [JobReturn(overrides=job.overrides, _return_value=job, status=JobStatus.COMPLETED) for job in done]
+        basic = self.config.hydra.sweeper._target_.endswith(".BasicSweeper")  # it would stop at the first that failed
+        return [_returned(job, basic) for job in done]
+
+
+def _returned(job: Any, basic: bool) -> JobReturn:
+    """What a sweeper is told of a job that has ended: the number that stands for it, or that it has failed.
+
+    Args:
+        job: a `denoiselab.runs.sweep_folder.Job`.
+        basic: whether the sweeper takes all jobs for done, whatever has become of them.
+    """
+    from denoiselab.runs.errors import RankError
+
+    status = job.status
+    value = (status.metric or {}).get("value")
+    if basic or (status.state == "finished" and value is not None):
+        return JobReturn(overrides=job.overrides, _return_value=value, status=JobStatus.COMPLETED)
+    why = status.error or ("it has not logged the metric" if status.state == "finished" else status.state)
+    error = RankError(f"job {job.number} ({job.name}): {why}; its log: {job.folder / status.log}")
+    return JobReturn(overrides=job.overrides, _return_value=error, status=JobStatus.FAILED)
 
 
 class RayLauncher(LocalLauncher):
@@ -113,7 +132,7 @@ class OptunaSweeper(Sweeper):
         trials: how many, failed and pruned ones too.
         seed: of what is asked.
         sampler: "tpe" or "random".
-        startup: trials at random before the others.
+        startup: trials at random before the others, and before "median" stops any.
         pruner: "none", "median" or "halving": which trials are stopped early, by what they have logged of the metric.
         warmup: training steps before a trial may be stopped.
         params: further keys to search or to set, as on the command line.
