@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from denoiselab.app.sweep_job import TASK, _join_step
+from denoiselab.app.sweep_job import TASK, _first_cause, _join_step, _said
 from denoiselab.runs import slurm
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.slurm import Shape, in_queue, script, shape_of, submit
+from denoiselab.runs.slurm import ATTEMPT, FAILED, Shape, in_queue, script, shape_of, submit
 from denoiselab.runs.sweep_folder import Sweep
 
 SETTINGS = {
@@ -109,12 +109,14 @@ def test_a_script_says_what_is_asked_and_is_valid_bash():
 def test_only_what_has_saved_and_may_go_on_is_queued_again(code, restarts, requeued, tmp_path):
     """The script itself, with stand-ins for srun and scontrol."""
     for name, body in {
-        "srun": f"exit {code}",
+        "srun": f'ls -A "{tmp_path}/0_job" > {tmp_path}/seen; exit {code}',
         "scontrol": f'echo "$@" >> {tmp_path}/asked',
         "python": "exit 0",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "0_job").mkdir()
+    (tmp_path / "0_job" / FAILED).write_text("6.0 rank 1 failed\n")
     text = script(Sweep(tmp_path, [], {}, str(tmp_path)), Shape(1, 1, False), [0], SETTINGS | {"python": "python"})
     environment = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",
@@ -126,6 +128,7 @@ def test_only_what_has_saved_and_may_go_on_is_queued_again(code, restarts, reque
     }
     done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=environment, check=False)
     assert done.returncode == code, done.stderr
+    assert (tmp_path / "seen").read_text() == "", "what another attempt has left is still there"
     asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
     assert asked == ("requeue 7_0\n" if requeued else "")
 
@@ -205,3 +208,14 @@ def test_a_process_that_is_alone_or_outside_a_step_has_none():
     before = dict(outside)
     assert not _join_step(outside)
     assert outside == before
+
+
+def test_a_failure_of_another_attempt_ends_nobody(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(ATTEMPT, "60.0")
+    assert _first_cause(tmp_path, "oh", echo=False) == "rank 1 failed: oh"
+    assert _first_cause(tmp_path, "gloo/", echo=True) == "rank 1 failed: oh"
+    assert _said(tmp_path) == "rank 1 failed: oh"
+    monkeypatch.setenv(ATTEMPT, "60.1")  # queued again, and its file is still seen on this node
+    assert _said(tmp_path) is None
+    assert _first_cause(tmp_path, "ah", echo=False) == "rank 1 failed: ah"

@@ -19,10 +19,10 @@ from denoiselab.runs.errors import ConfigError, RankError, Stopped
 from denoiselab.runs.folder import write_text
 from denoiselab.runs.launch import is_echo
 from denoiselab.runs.signals import held_back
+from denoiselab.runs.slurm import ATTEMPT, FAILED
 from denoiselab.runs.sweep_folder import Status, ended, membership, read_job, read_status, read_sweep, write_status
 
 TASK = "DENOISELAB_SLURM_TASK"  # variable: "51_0", the task of an array that this process belongs to
-FAILED = ".failed"  # a file in which a rank says that it has failed
 ECHO = 20.0  # seconds in which the others can end in good order
 KILLED = 137  # exit code, as shells and srun say it
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -55,7 +55,6 @@ def main() -> None:
         code, error, echo = 1, None, False
         try:
             if first:
-                (job.folder / FAILED).unlink(missing_ok=True)
                 write_status(job.folder, status)
             if several:
                 _end_together(job.folder, status)
@@ -124,7 +123,7 @@ def _end_together(folder: Path, status: Status) -> None:
     """
 
     def watch() -> None:
-        while not (folder / FAILED).exists():
+        while _said(folder) is None:
             time.sleep(1.0)
         time.sleep(ECHO)
         if os.environ["RANK"] == "0":
@@ -132,6 +131,20 @@ def _end_together(folder: Path, status: Status) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _said(folder: Path) -> str | None:
+    """Why a rank has failed in this attempt; None if none has said so.
+
+    What another attempt has left does not count: on a disk of several machines it may be seen for a while after it has gone.
+    """
+    from denoiselab.runs.folder import read_small
+
+    try:
+        attempt, _, cause = read_small(folder / FAILED, 2000).decode(errors="replace").strip().partition(" ")
+    except (FileNotFoundError, ConfigError):
+        return None
+    return cause if attempt == os.environ.get(ATTEMPT, "-") else None
 
 
 def _first_cause(folder: Path, error: str, echo: bool) -> str:
@@ -142,13 +155,12 @@ def _first_cause(folder: Path, error: str, echo: bool) -> str:
         error: of this rank.
         echo: whether that is how the end of another rank reaches this one.
     """
-    from denoiselab.runs.folder import SUMMARY, read_json, read_small, write_json
+    from denoiselab.runs.folder import SUMMARY, read_json, write_json
 
-    try:
-        cause = read_small(folder / FAILED, 2000).decode(errors="replace").strip()
-    except FileNotFoundError:
+    cause = _said(folder)
+    if cause is None:
         cause = "a rank ended without a word (killed?)" if echo else f"rank {os.environ['RANK']} failed: {error}"
-        write_text(folder / FAILED, f"{cause}\n")
+        write_text(folder / FAILED, f"{os.environ.get(ATTEMPT, '-')} {cause}\n")
     if os.environ["RANK"] == "0" and (folder / SUMMARY).exists():
         write_json(folder / SUMMARY, read_json(folder / SUMMARY) | {"error": cause})
     return cause
@@ -156,12 +168,9 @@ def _first_cause(folder: Path, error: str, echo: bool) -> str:
 
 def _conclude(folder: Path, status: Status, code: int) -> None:
     """Have a job's files say that it has failed, where they do not say how it has ended."""
-    from denoiselab.runs.folder import RUNNING, SUMMARY, read_json, read_small, write_json
+    from denoiselab.runs.folder import RUNNING, SUMMARY, read_json, write_json
 
-    try:
-        cause = read_small(folder / FAILED, 2000).decode(errors="replace").strip()
-    except FileNotFoundError:
-        cause = f"ended with exit code {code}" + (" (out of memory?)" if code == KILLED else "")
+    cause = _said(folder) or f"ended with exit code {code}" + (" (out of memory?)" if code == KILLED else "")
     if (folder / SUMMARY).exists() and read_json(folder / SUMMARY) == RUNNING:
         write_json(folder / SUMMARY, {"status": "failed", "error": cause})
     if status.state == "running":

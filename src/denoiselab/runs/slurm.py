@@ -25,6 +25,8 @@ from denoiselab.runs.local_jobs import Slot, job_environment
 from denoiselab.runs.secrets import is_secret_name
 from denoiselab.runs.sweep_folder import LOG, Job, Sweep
 
+ATTEMPT = "DENOISELAB_SLURM_ATTEMPT"  # variable of a batch script: tells this start of its task from others
+FAILED = ".failed"  # a file in a job's folder: the attempt in which a rank has failed, and why
 SCRIPTS = "slurm"  # the folder of scripts in that of a sweep
 SECONDS = 60  # that a command of Slurm may take
 PORTS = 10_000  # ports from 20000, one for each job on a machine
@@ -124,6 +126,8 @@ def script(sweep: Sweep, shape: Shape, numbers: Sequence[int], settings: Mapping
             *exports,
             'export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}',
             f"export MASTER_PORT=$((20000 + SLURM_JOB_ID % {PORTS}))",
+            f"export {ATTEMPT}=$SLURM_JOB_ID.${{SLURM_RESTART_COUNT:-0}}",
+            f'rm -f "$folder/{FAILED}"',
             'if [ -n "$SLURM_CPUS_PER_TASK" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi',
             "",
             f'srun --kill-on-bad-exit=0 --wait={WAIT} --output="$folder/{LOG}" --open-mode=append \\',
