@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -13,13 +14,14 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from denoiselab.app.local_sweep import LocalSweep, check_at_once, conclude, print_sweep_of, resumable, say
+from denoiselab.app.local_sweep import LocalSweep, check_at_once, conclude, resumable, say
 from denoiselab.app.resume import is_plain
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import held
 from denoiselab.runs.frozen_code import freeze
 from denoiselab.runs.local_jobs import run_jobs
+from denoiselab.runs.slurm import OVER, in_queue
 from denoiselab.runs.sweep_folder import (
     UNFINISHED,
     Job,
@@ -33,6 +35,7 @@ from denoiselab.runs.sweep_folder import (
 )
 
 PATIENCE = 60.0  # seconds for the jobs of a sweep that was killed to save and end
+GONE = "gone from the queue"
 RESULTS, STUDY = "results.csv", "study.db"
 PLACE = {"folder": None, "root": "", "metric": None, "resume": True, "freeze": False, "dry_run": False}  # is known
 OF_A_SEARCH = re.compile(
@@ -97,7 +100,7 @@ def _resume(sweep: Sweep, options: dict[str, Any]) -> None:
     if sweep.launcher.get("kind") == "slurm":
         from denoiselab.app.cluster import resume_submitted
 
-        resume_submitted(sweep, todo)
+        resume_submitted(sweep, todo, options["trust"])
         return
     if not os.path.isdir(sweep.directory):
         raise ConfigError(f"sweep={sweep.folder}: was started from {sweep.directory}, which is not there")
@@ -177,18 +180,22 @@ def wait_for(job: Job) -> None:
             time.sleep(0.5)
 
 
-def look(job: Job, metric: str | None, queue: Mapping[str, str]) -> Status:
+def look(job: Job, metric: str | None, queue: Mapping[str, str] | None) -> Status:
     """How a job stands; one that was killed without a word has failed.
 
     Args:
         job: to look at.
         metric: that stands for it.
-        queue: what a batch system says of its tasks.
+        queue: what a batch system says of its tasks; None: it cannot be asked here.
     """
     status = job.status
     if status.cluster_job is not None and status.state in ("queued", "running", "preempted"):
-        said = queue.get(status.cluster_job, "gone from the queue")
-        if said in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"):
+        if queue is None:
+            return status
+        said = queue.get(status.cluster_job, GONE)
+        if said == "COMPLETING":  # it may say yet how it ends
+            return status
+        if said not in (*OVER, GONE):
             return replace(status, state="running" if said == "RUNNING" else "queued")
         if status.state == "preempted" or said == "CANCELLED":
             return replace(status, state="interrupted" if said == "CANCELLED" else "preempted", error=None)
@@ -204,29 +211,40 @@ def look(job: Job, metric: str | None, queue: Mapping[str, str]) -> Status:
 
 def look_at_all(sweep: Sweep) -> list[tuple[Job, Status]]:
     """How all jobs stand."""
-    from denoiselab.runs.slurm import in_queue
-
     jobs = read_jobs(sweep)
-    queue = in_queue([task for job in jobs if (task := job.status.cluster_job)])
+    tasks = [task for job in jobs if (task := job.status.cluster_job)]
+    queue = in_queue(tasks) if shutil.which("squeue") else None
+    if tasks and queue is None:
+        print("note   there is no squeue here: this is what the jobs' own files say")
     return [(job, look(job, sweep.metric_name, queue)) for job in jobs]
 
 
 def _status(sweep: Sweep, options: dict[str, Any]) -> None:
-    for job, status in look_at_all(sweep):
-        if status != job.status:
+    looked = look_at_all(sweep)
+    for job, status in looked:
+        if status != job.status and status.state not in ("queued", "running"):  # what is at work writes its own
             write_status(job.folder, status)
-    print_sweep_of(sweep)
+    _print(sweep, looked)
 
 
 def _collect(sweep: Sweep, options: dict[str, Any]) -> None:
     """Write a table of all jobs: what varies, how each stands, and every number of its summary."""
     from denoiselab.reports.sweep_table import rows
 
-    table = rows(sweep, look_at_all(sweep))
+    looked = look_at_all(sweep)
+    table = rows(sweep, looked)
     columns = list(dict.fromkeys(key for row in table for key in row))
     with (sweep.folder / RESULTS).open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(table)
-    print_sweep_of(sweep)
+    _print(sweep, looked)
     print(f"written to {sweep.folder / RESULTS}")
+
+
+def _print(sweep: Sweep, looked: list[tuple[Job, Status]]) -> None:
+    from rich.console import Console
+
+    from denoiselab.reports.sweep_table import print_sweep
+
+    print_sweep(Console(), sweep, looked)

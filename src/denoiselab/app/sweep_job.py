@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import os
+import platform
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from denoiselab.runs.slurm import ATTEMPT, FAILED
 from denoiselab.runs.sweep_folder import Status, ended, membership, read_job, read_status, read_sweep, write_status
 
 TASK = "DENOISELAB_SLURM_TASK"  # variable: "51_0", the task of an array that this process belongs to
+STUCK = "its time ended twice before it had made a step: hydra.launcher.time must be longer"
 ECHO = 20.0  # seconds in which the others can end in good order
 KILLED = 137  # exit code, as shells and srun say it
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -36,6 +38,8 @@ def main() -> None:
     parser.add_argument("--trust", help="packages whose classes its config, which is not the caller's, may name")
     parser.add_argument("--stay", action="store_true", help="go on if the process that started it ends")
     parser.add_argument("--conclude", type=int, help="only write down that it has ended with this exit code")
+    parser.add_argument("--because", help="why, where it has not said so itself")
+    parser.add_argument("--code", type=Path, help="the folder of packages that this code has to be in")
     options = parser.parse_args()
     began = time.time()
     several = _join_step(os.environ)
@@ -46,18 +50,23 @@ def main() -> None:
             os.sched_setaffinity(0, {int(core) for core in options.cores.split(",")})
         job = read_job(options.folder)
         if options.conclude is not None:
-            _conclude(job.folder, read_status(job.folder), options.conclude)
+            _conclude(job.folder, read_status(job.folder), options.conclude, options.because)
             return
         metric = read_sweep(job.folder.parent).metric_name if membership(job.folder) else None
         status = replace(read_status(job.folder), state="running", exit_code=None, error=None)
         status = replace(status, attempts=status.attempts + 1, cluster_job=os.environ.get(TASK) or status.cluster_job)
         first = os.environ.get("RANK", "0") == "0"
-        code, error, echo = 1, None, False
+        code, error, echo, stuck, saved = 1, None, False, False, _saved(job.folder)
         try:
             if first:
                 write_status(job.folder, status)
             if several:
                 _end_together(job.folder, status)
+            if options.code is not None and not Path(__file__).resolve().is_relative_to(options.code.resolve()):
+                raise ConfigError(
+                    f"code={options.code}: the code of this sweep is not there on {platform.node()}; DENOISELAB_CACHE must be "
+                    "on a disk that all nodes see, or hydra.launcher.freeze=false"
+                )
             with held_back():  # libraries answer an interrupted import in ways of their own
                 from denoiselab.app.train import train
                 from denoiselab.app.trained import without_consent
@@ -71,6 +80,8 @@ def main() -> None:
             code = 0
         except Stopped as stopped:
             code = stopped.code
+            limit = stopped.number == signal.SIGUSR1 and os.environ.get(TASK) is not None
+            stuck = limit and status.attempts > 1 and _saved(job.folder) == saved
             raise
         except Exception as failure:
             code = 2 if isinstance(failure, ConfigError) else 1
@@ -85,6 +96,8 @@ def main() -> None:
                     done = ended(job.folder, status, code, error, metric)
                     if metric is not None and done.metric is None:
                         done = replace(done, metric=_last_logged(job.folder, metric))
+                    if stuck:  # which its script reads, too
+                        done = replace(done, state="failed", error=STUCK)
                     write_status(job.folder, replace(done, seconds=round(time.time() - began, 1)))
 
 
@@ -166,15 +179,20 @@ def _first_cause(folder: Path, error: str, echo: bool) -> str:
     return cause
 
 
-def _conclude(folder: Path, status: Status, code: int) -> None:
+def _conclude(folder: Path, status: Status, code: int, why: str | None = None) -> None:
     """Have a job's files say that it has failed, where they do not say how it has ended."""
     from denoiselab.runs.folder import RUNNING, SUMMARY, read_json, write_json
 
-    cause = _said(folder) or f"ended with exit code {code}" + (" (out of memory?)" if code == KILLED else "")
+    cause = _said(folder) or why or f"ended with exit code {code}" + (" (out of memory?)" if code == KILLED else "")
     if (folder / SUMMARY).exists() and read_json(folder / SUMMARY) == RUNNING:
         write_json(folder / SUMMARY, {"status": "failed", "error": cause})
-    if status.state == "running":
+    if status.state == "running" or why:
         write_status(folder, ended(folder, status, code, cause))
+
+
+def _saved(folder: Path) -> set[str]:
+    """The checkpoints that a job has; without torch, which takes a while to import."""
+    return {path.name for path in (folder / "checkpoints").glob("step_*.ckpt")}
 
 
 def _last_logged(folder: Path, metric: str) -> dict[str, Any] | None:
