@@ -238,7 +238,7 @@ def ask(*line: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"{line[0]} does not answer ({error})") from error
     if done.returncode:
-        raise ConfigError(f"{' '.join(line)}: {' '.join(done.stderr.split())}")
+        raise ConfigError(f"{line[0]} {line[-1]}: {' '.join(done.stderr.split())}")
     return done.stdout
 
 
