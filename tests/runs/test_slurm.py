@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from denoiselab.app.sweep_job import TASK, _first_cause, _join_step, _said
+from denoiselab.app.sweep_job import STUCK, TASK, _first_cause, _join_step, _said, main
 from denoiselab.runs import frozen_code, slurm
-from denoiselab.runs.errors import ConfigError
+from denoiselab.runs.errors import ConfigError, Stopped
 from denoiselab.runs.slurm import ATTEMPT, FAILED, Shape, in_queue, script, seconds_of, shape_of, submit
-from denoiselab.runs.sweep_folder import Sweep, add_jobs, make_sweep, read_sweep
+from denoiselab.runs.sweep_folder import Status, Sweep, add_jobs, make_sweep, read_sweep, write_status
 
 SETTINGS = {
     "nodes": None,
@@ -69,6 +70,14 @@ def test_what_does_not_fit_is_refused_with_what_to_change(trainer, settings, wor
         shape_of(trainer, SETTINGS | settings)
 
 
+@pytest.fixture
+def job(tmp_path):
+    """The folder of one job in a sweep."""
+    sweep = make_sweep(tmp_path, tmp_path / "sweep", "x", {"command": [], "launcher": {}, "directory": str(tmp_path)})
+    _, (job,) = add_jobs(sweep, [["seed=1"]], [(config(), {}, ["seed=1"])])
+    return job
+
+
 def text_of(shape, **settings):
     return script(Sweep(Path("/sweeps/a b's"), [], {}, "/work dir"), shape, [0, 1, 2], SETTINGS | settings)
 
@@ -106,20 +115,28 @@ def test_a_script_says_what_is_asked_and_is_valid_bash():
 
 
 @pytest.mark.parametrize(
-    ("code", "restarts", "requeued"), [(75, 0, True), (75, 99, True), (75, 100, False), (0, 0, False), (1, 0, False)]
+    ("code", "restarts", "state", "requeued"),
+    [
+        (75, 0, "preempted", True),
+        (75, 99, "preempted", True),
+        (75, 100, "preempted", False),
+        (75, 1, "failed", False),
+        (0, 0, "finished", False),
+        (1, 0, "running", False),
+    ],
 )
-def test_only_what_has_saved_and_may_go_on_is_queued_again(code, restarts, requeued, tmp_path):
+def test_only_what_has_saved_and_may_go_on_is_queued_again(code, restarts, state, requeued, job, tmp_path):
     """The script itself, with stand-ins for srun and scontrol."""
     for name, body in {
-        "srun": f'ls -A "{tmp_path}/0_job" > {tmp_path}/seen; exit {code}',
+        "srun": f"ls -A {job.folder} > {tmp_path}/seen; exit {code}",
         "scontrol": f'echo "$@" >> {tmp_path}/asked',
         "python": "exit 0",
     }.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(0o755)
-    (tmp_path / "0_job").mkdir()
-    (tmp_path / "0_job" / FAILED).write_text("6.0 rank 1 failed\n")
-    text = script(Sweep(tmp_path, [], {}, str(tmp_path)), Shape(1, 1, False), [0], SETTINGS | {"python": "python"})
+    write_status(job.folder, Status(state=state))
+    (job.folder / FAILED).write_text("6.0 rank 1 failed\n")
+    text = script(read_sweep(job.folder.parent), Shape(1, 1, False), [0], SETTINGS | {"python": "python"})
     environment = {
         "PATH": f"{tmp_path}:/usr/bin:/bin",
         "SLURM_JOB_ID": "9",
@@ -130,7 +147,7 @@ def test_only_what_has_saved_and_may_go_on_is_queued_again(code, restarts, reque
     }
     done = subprocess.run(["bash"], input=text, text=True, capture_output=True, env=environment, check=False)
     assert done.returncode == code, done.stderr
-    assert (tmp_path / "seen").read_text() == "", "what another attempt has left is still there"
+    assert FAILED not in (tmp_path / "seen").read_text(), "what another attempt has left is still there"
     asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
     assert asked == ("requeue 7_0\n" if requeued else "")
 
@@ -247,14 +264,6 @@ def test_jobs_run_the_code_of_then(tmp_path, monkeypatch):
     assert done.stdout == f"then {['--stay', '--code', frozen, str(tmp_path / '0_job')]}\n", done.stderr
 
 
-@pytest.fixture
-def job(tmp_path):
-    """The folder of one job in a sweep."""
-    sweep = make_sweep(tmp_path, tmp_path / "sweep", "x", {"command": [], "launcher": {}, "directory": str(tmp_path)})
-    _, (job,) = add_jobs(sweep, [["seed=1"]], [(config(), {}, ["seed=1"])])
-    return job
-
-
 def test_where_the_code_of_the_sweep_is_not_there_its_jobs_fail(job, tmp_path):
     sweep = replace(read_sweep(job.folder.parent), code=None)
     text = script(sweep, Shape(1, 1, False), [0], SETTINGS | {"python": sys.executable})
@@ -325,3 +334,28 @@ def test_a_failure_of_another_attempt_ends_nobody(tmp_path, monkeypatch):
     monkeypatch.setenv(ATTEMPT, "60.1")  # queued again, and its file is still seen on this node
     assert _said(tmp_path) is None
     assert _first_cause(tmp_path, "ah", echo=False) == "rank 1 failed: ah"
+
+
+@pytest.mark.parametrize(
+    ("number", "saves", "state"),
+    [(signal.SIGUSR1, False, "failed"), (signal.SIGUSR1, True, "preempted"), (signal.SIGTERM, False, "preempted")],
+)
+def test_a_job_that_gets_nowhere_in_its_time_is_not_queued_for_ever(number, saves, state, job, monkeypatch):
+    def stopped(*_):
+        if saves:
+            (job.folder / "checkpoints" / f"step_000000{job.status.attempts}.ckpt").touch()
+        raise Stopped(number)
+
+    (job.folder / "checkpoints").mkdir()
+    monkeypatch.setattr("denoiselab.app.train.train", stopped)
+    monkeypatch.setattr(sys, "argv", ["sweep_job", "--stay", str(job.folder)])
+    monkeypatch.setenv(TASK, "")
+    for expected in ("preempted", state):
+        for key in ("STEP_ID", "ARRAY_JOB_ID", "ARRAY_TASK_ID"):
+            monkeypatch.setenv(f"SLURM_{key}", "0")
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 75
+        assert job.status.state == expected
+    assert job.status.error == (STUCK if state == "failed" else None)
