@@ -156,11 +156,11 @@ def until(true, sweeps, name, seconds=300):
 
 def check_equal(job, sweeps, *ranks):
     """That a job which was stopped and queued again has ended as one that nobody stopped, bit for bit."""
-    seed = f"seed={job.config['seed']}"
+    seed = job.config["seed"]
     straight = sweeps.folder / f"straight-{seed}-{len(ranks)}"
     if not straight.exists():
         few = [a for a in SMALL if "trouble" not in a]
-        sweeps.call("train", *few, *LONGER, *ranks, seed, f"run={straight}")
+        sweeps.call("train", *few, *LONGER, *ranks, f"seed={seed}", f"run={straight}")
     assert (job.folder / "trace.csv").read_bytes() == (straight / "trace.csv").read_bytes()
     ends = [load_checkpoint(newest_checkpoint(folder)) for folder in (job.folder, straight)]
     found, wanted = ({key: end[key] for key in (*STATE, "global_step")} for end in ends)
