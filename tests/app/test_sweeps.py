@@ -413,7 +413,7 @@ def test_a_sweep_that_is_stopped_in_its_third_job_is_resumed(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_two_ranks_a_job_and_what_goes_wrong_stays_in_its_job(tmp_path):
+def test_two_ranks_a_job_and_what_goes_wrong_stays_in_its_job(tmp_path, record_property):
     """Six jobs on two ranks each: one raises on rank 1, one of rank 1 is killed, and one diverges."""
     small = [
         *TINY,
@@ -428,7 +428,7 @@ def test_two_ranks_a_job_and_what_goes_wrong_stays_in_its_job(tmp_path):
     typed = [*small, trouble, rates, "+callbacks.trouble._target_=trouble.Trouble", "hydra.sweep.dir=sweep"]
     process = begin(tmp_path, *typed)
     out, _ = process.communicate(timeout=500)
-    print(out)
+    record_property("table", out)
     assert process.returncode == 1
     jobs = read_jobs(read_sweep(tmp_path / "sweep"))
     found = {

@@ -142,7 +142,7 @@ def test_a_damaged_file_is_warned_of(tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_many_faults_of_each_kind(tmp_path, monkeypatch, capsys):
+def test_many_faults_of_each_kind(tmp_path, monkeypatch, record_property):
     rows = {}
     count, torn, steps = kill_in_rounds(tmp_path / "killed", rounds=200, seed=1)
     assert torn > 0  # or no kill has met a save
@@ -161,9 +161,9 @@ def test_many_faults_of_each_kind(tmp_path, monkeypatch, capsys):
             rows["disk read-only (tmpfs)"] = make_read_only(disk, rounds=20)
     except pytest.skip.Exception:
         rows["disk full, read-only: no tmpfs here"] = None
-    with capsys.disabled():
-        print(f"\n{'fault':72}{'injected':>10}{'survived':>10}{'lost':>6}")
-        for name, row in rows.items():
-            numbers = "" if row is None else f"{row.injected:10,}{row.injected - len(row.lost):10,}{len(row.lost):6}"
-            print(f"{name:72}{numbers}")
+    table = [f"{'fault':72}{'injected':>10}{'survived':>10}{'lost':>6}"]
+    for name, row in rows.items():
+        numbers = "" if row is None else f"{row.injected:10,}{row.injected - len(row.lost):10,}{len(row.lost):6}"
+        table.append(f"{name:72}{numbers}")
+    record_property("table", "\n".join(table))
     assert {name: row.lost for name, row in rows.items() if row is not None and row.lost} == {}

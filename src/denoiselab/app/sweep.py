@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import held, is_worked_on, working
 from denoiselab.runs.frozen_code import freeze
+from denoiselab.runs.slurm import OVER, in_queue
 from denoiselab.runs.sweep_folder import (
     UNFINISHED,
     Job,
@@ -32,6 +34,7 @@ from denoiselab.runs.sweep_folder import (
 )
 
 PATIENCE = 60.0  # seconds for the jobs of a sweep that was killed to save and end
+GONE = "gone from the queue"
 RESULTS, STUDY = "results.csv", "study.db"
 PLACE = {"folder": None, "root": "", "metric": None, "resume": True, "freeze": False, "dry_run": False}  # is known
 OF_A_SEARCH = re.compile(
@@ -114,7 +117,7 @@ def _go_on(sweep: Sweep, options: dict[str, Any]) -> None:
     if slurm:
         from denoiselab.app.cluster import resume_submitted
 
-        resume_submitted(sweep, todo)
+        resume_submitted(sweep, todo, options["trust"])
         return
     if not os.path.isdir(sweep.directory):
         raise ConfigError(f"sweep={sweep.folder}: was started from {sweep.directory}, which is not there")
@@ -196,22 +199,27 @@ def wait_for(job: Job) -> None:
             time.sleep(0.5)
 
 
-def look(job: Job, metric: str | None, queue: Mapping[str, str]) -> Status:
+def look(job: Job, metric: str | None, queue: Mapping[str, str] | None) -> Status:
     """How a job stands; one that was killed without a word has failed.
 
     Args:
         job: to look at.
         metric: that stands for it.
-        queue: what a batch system says of its tasks.
+        queue: what a batch system says of its tasks; None: it cannot be asked here.
     """
     status = job.status
     if status.cluster_job is not None and status.state in ("queued", "running", "preempted"):
-        said = queue.get(status.cluster_job, "gone from the queue")
-        if said in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED"):
+        if queue is None:
+            return status
+        said = queue.get(status.cluster_job, GONE)
+        if said == "COMPLETING":  # it may say yet how it ends
+            return status
+        if said not in (*OVER, GONE):
             return replace(status, state="running" if said == "RUNNING" else "queued")
         if status.state == "preempted" or said == "CANCELLED":
             return replace(status, state="interrupted" if said == "CANCELLED" else "preempted", error=None)
-        return ended(job.folder, status, 1, f"ended without a word (Slurm: {said})", metric)
+        why = f"ended without a word (Slurm: {said})"
+        return ended(job.folder, status, 1, why, metric, last_logged(job.folder, metric))
     if status.state != "running" or is_worked_on(job.folder) or is_worked_on(job.folder.parent):  # who starts it
         return status
     return ended(job.folder, status, 1, "ended without a word (killed?)", metric, last_logged(job.folder, metric))
@@ -219,17 +227,19 @@ def look(job: Job, metric: str | None, queue: Mapping[str, str]) -> Status:
 
 def look_at_all(sweep: Sweep) -> list[tuple[Job, Status]]:
     """How all jobs stand."""
-    from denoiselab.runs.slurm import in_queue
-
     jobs = read_jobs(sweep)
-    queue = in_queue([task for job in jobs if (task := job.status.cluster_job)])
+    tasks = [task for job in jobs if (task := job.status.cluster_job)]
+    queue = in_queue(tasks) if shutil.which("squeue") else None
+    if tasks and queue is None:
+        print("note   there is no squeue here: this is what the jobs' own files say")
     return [(job, look(job, sweep.metric_name, queue)) for job in jobs]
 
 
 def _status(sweep: Sweep, options: dict[str, Any]) -> None:
     jobs = look_at_all(sweep)
     for job, status in jobs:
-        if status.cluster_job is not None and status != job.status:  # others are written by who started them
+        # Of others it is written by who started them, or by themselves while they are at work.
+        if status.cluster_job is not None and status != job.status and status.state not in ("queued", "running"):
             write_status(job.folder, status)
     print_sweep_of(sweep, jobs)
 
