@@ -100,7 +100,7 @@ const SIGNS = {
   finished: "✓",
   failed: "✗",
   preempted: "⏸",
-  interrupted: "⏹",
+  interrupted: "■",
   stopped: "⏹",
   pruned: "✂",
   queued: "…",
