@@ -30,7 +30,8 @@ install_packages() {
 
 # --- starting -------------------------------------------------------------------------------------------------------
 
-# Neither among those of outgoing connections (from 32768) nor those that Lightning and denoiselab make of a job's number (15000 to 24999).
+# Neither among those of outgoing connections (from 32768) nor those that Lightning and denoiselab make of a job's number
+# (15000 to 24999).
 free_ports() {  # COUNT: the first of as many consecutive ports that nobody listens on
   local first port _
   for _ in {1..50}; do

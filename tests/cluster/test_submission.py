@@ -155,6 +155,7 @@ def test_a_config_of_a_folder_is_checked_before_it_is_submitted_and_again_by_its
     [
         ({"environment": {"WANDB_API_KEY": "sentinel-0123"}}, "environment.WANDB_API_KEY: holds a secret"),
         ({"prologue": ["module load cuda", "export HF_TOKEN=sentinel-0123"]}, "prologue: holds a secret"),
+        ({"prologue": ["export HF_TOKEN=***"]}, "prologue: holds a secret"),
         ({"container": "docker run -e DB_PASSWORD=sentinel-0123 x"}, "container: holds a secret"),
         ({"options": {"comment": "of-the-environment-sentinel-0123"}}, "options.comment: holds a secret"),
         ({"options": {"nodes": 2}}, r"options.nodes: is not for options to say; trainer.num_nodes does"),

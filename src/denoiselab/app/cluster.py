@@ -17,7 +17,7 @@ from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.folder import cache_folder
 from denoiselab.runs.frozen_code import freeze
-from denoiselab.runs.secrets import changed_keys, is_secret_name, redact
+from denoiselab.runs.secrets import MASK, changed_keys, is_secret_name, redact
 from denoiselab.runs.slurm import (
     OVER,
     Shape,
@@ -134,7 +134,8 @@ def check_settings(settings: dict[str, Any]) -> None:
         if settings[key] is not None and settings[key] < least:
             raise ConfigError(f"hydra.launcher.{key}={settings[key]}: must be at least {least}")
     named = [f"environment.{key}" for key in settings["environment"] or {} if is_secret_name(str(key))]
-    for key in [*named, *changed_keys(settings, redact(settings))]:
+    masked = [key for key, value in settings.items() if MASK in str(value)]  # it was on the command line
+    for key in [*named, *masked, *changed_keys(settings, redact(settings))]:
         raise ConfigError(
             f"hydra.launcher.{key}: holds a secret, and Slurm stores scripts; run `wandb login` once, or let the prologue "
             "read it from a file (source ~/.secrets)"

@@ -3,8 +3,7 @@
 A script starts one process for each rank with srun, all of which Slurm sends the signal some time before the limit: they save
 and end with code 75, and the script, which alone does so, puts its own task into the queue again; likewise where a job that
 is pre-empted is told so and given time. Slurm itself does so where it ends such a job at once, or a node fails. Either way
-the task goes on in the same folder. `scancel` ends the script at once,
-so what is cancelled stays cancelled.
+the task goes on in the same folder. `scancel` ends the script at once, so what is cancelled stays cancelled.
 """
 
 from __future__ import annotations
