@@ -128,7 +128,7 @@ def test_states_stand_out(page):
     states = column(page, "state")
     assert states[0] == "✓ finished"
     assert states[6] == "✗ failed ⚠ loss not finite at step 30"
-    assert states[7:] == ["… queued", "⏸ preempted"]
+    assert states[7:] == ["… queued", "‖ preempted"]
     assert (
         "6: objective=v, seed=0, lr=0.1 failed: NonFiniteError: step 30: the loss is not finite"
         in page.find("#causes").text
