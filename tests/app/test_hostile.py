@@ -148,7 +148,7 @@ CALLS = {
     "lightning.pytorch.loggers.CSVLogger": {"save_dir": "harmed"},
     "torchmetrics.image.fid.FrechetInceptionDistance": {},
     "denoiselab.runs.folder.subprocess.run": {"args": ["touch", "harmed"]},
-    "denoiselab.runs.folder.write_json": {"path": "harmed", "value": 1},
+    "denoiselab.runs.files.write_json": {"path": "harmed", "value": 1},
     "denoiselab.training.checkpoint.os.remove": {"path": FILE},
     "denoiselab.training.checkpoint.torch.load": {"f": FILE, "weights_only": False},
     "denoiselab.training.checkpoint.load_checkpoint": {"path": FILE},

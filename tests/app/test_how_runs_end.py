@@ -14,7 +14,8 @@ from calls import QUIET, call
 from denoiselab.app import train
 from denoiselab.app.train import as_stopped, conclude, how_to_go_on
 from denoiselab.runs.errors import RankError, Stopped
-from denoiselab.runs.folder import RUNNING, SUMMARY, write_json
+from denoiselab.runs.files import write_json
+from denoiselab.runs.folder import RUNNING, SUMMARY
 from denoiselab.training import checkpoint_io
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of, step_name
 from denoiselab.training.saving import Checkpoints

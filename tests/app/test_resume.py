@@ -18,7 +18,8 @@ from PIL import Image
 from denoiselab.app import job
 from denoiselab.app.resume import Start, _saved_before, find_start, key_of, restore_overrides, restored
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import COMMAND, CONFIG, write_json
+from denoiselab.runs.files import write_json
+from denoiselab.runs.folder import COMMAND, CONFIG
 from denoiselab.training.checkpoint import (
     FOLDER,
     SCHEMA,

@@ -14,7 +14,8 @@ import pytest
 
 from denoiselab.runs import local_jobs
 from denoiselab.runs.errors import Stopped
-from denoiselab.runs.folder import RUNNING, SUMMARY, read_json, write_json
+from denoiselab.runs.files import read_json, write_json
+from denoiselab.runs.folder import RUNNING, SUMMARY
 from denoiselab.runs.local_jobs import Slot, job_command, job_environment, run_jobs, share_out, start_here
 from denoiselab.runs.signals import stopping
 from denoiselab.runs.sweep_folder import LOG, Status, add_jobs, make_sweep, write_status

@@ -12,7 +12,7 @@ import torch
 from crashes import Recorder, content_of, is_content, is_whole
 from tiny import equal, fit, tiny_module, weights_of
 
-from denoiselab.runs import folder
+from denoiselab.runs import files
 from denoiselab.training import checkpoint_io
 from denoiselab.training.checkpoint import load_checkpoint, newest_checkpoint, step_name, verify
 from denoiselab.training.checkpoint_io import (
@@ -53,7 +53,7 @@ def test_a_file_and_its_name_are_on_disk_one_after_the_other(tmp_path, monkeypat
 
 def test_a_new_folder_is_on_disk_too(tmp_path, monkeypatch):
     synced = []
-    for module in (checkpoint_io, folder):
+    for module in (checkpoint_io, files):
         monkeypatch.setattr(module, "sync_folder", synced.append)
     for _ in range(2):
         write_checkpoint({"a": 1}, tmp_path / "new" / "a.ckpt")

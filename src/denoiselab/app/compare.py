@@ -14,7 +14,8 @@ from denoiselab.reports.compare_pages import as_csv, as_json, as_markdown, print
 from denoiselab.reports.measured_runs import METRICS, UnlikeError, columns_of, read_all
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import CONFIG, prepare_folder
+from denoiselab.runs.files import prepare_folder
+from denoiselab.runs.folder import CONFIG
 from denoiselab.runs.named import runs_named
 
 COMPARE_KEYS: dict[str, Any] = {

@@ -27,17 +27,8 @@ from denoiselab.exchange.schedulers import from_scheduler, sampling_notes, sched
 from denoiselab.exchange.to_diffusers import make_pipeline, save_pipeline
 from denoiselab.reports.console import print_results
 from denoiselab.runs.errors import ConfigError, RankError
-from denoiselab.runs.folder import (
-    COMMAND,
-    CONFIG,
-    VERSIONS,
-    check_own,
-    command_line,
-    make_run_folder,
-    prepare_folder,
-    versions,
-    write_json,
-)
+from denoiselab.runs.files import check_own, prepare_folder, write_json
+from denoiselab.runs.folder import COMMAND, CONFIG, VERSIONS, command_line, make_run_folder, versions
 from denoiselab.training.checkpoint import FOLDER, SCHEMA, environment, step_name
 from denoiselab.training.checkpoint_io import write_checkpoint
 from denoiselab.training.trainer import free_cores

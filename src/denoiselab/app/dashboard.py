@@ -10,7 +10,7 @@ from typing import Any
 from denoiselab.app.sync import folders_of
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError, RankError
-from denoiselab.runs.folder import prepare_folder, read_json, write_json
+from denoiselab.runs.files import prepare_folder, read_json, write_json
 from denoiselab.runs.sweep_folder import SWEEP
 
 DASHBOARD_KEYS: dict[str, Any] = {

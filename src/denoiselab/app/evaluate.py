@@ -28,7 +28,7 @@ from denoiselab.evaluation.pictures import image_grid, stored_images, stored_pro
 from denoiselab.evaluation.records import sampling_protocol
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import check_own, prepare_folder, write_json
+from denoiselab.runs.files import check_own, prepare_folder, write_json
 from denoiselab.runs.launch import launched_from_outside
 
 SHARED = (

@@ -31,7 +31,7 @@ from denoiselab.reports.console import print_results
 from denoiselab.reports.frontier import Frontier, Skipped, higher_is_better
 from denoiselab.reports.frontier_pages import FIGURE, print_frontier, records, write_frontier
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import check_own, prepare_folder
+from denoiselab.runs.files import check_own, prepare_folder
 from denoiselab.training.trainer import free_cores
 from denoiselab.training.wandb_run import start_wandb
 

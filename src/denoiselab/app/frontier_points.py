@@ -28,7 +28,7 @@ from denoiselab.evaluation.metrics import MIN_COUNT
 from denoiselab.evaluation.records import Number, count_name, sampling_protocol
 from denoiselab.reports.frontier import Point, Skipped, higher_is_better, rungs, survivors
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import from_json, open_own, read_small
+from denoiselab.runs.files import from_json, open_own, read_small
 
 POINTS = "points.jsonl"
 NOT_OF_A_NUMBER = ("counts", "every", "every_counts", "weights", "bits_per_dim")  # in the config of the metrics

@@ -23,6 +23,7 @@ from denoiselab.app.resume import Start, find_start
 from denoiselab.app.weights import fit
 from denoiselab.runs.changes import check_changes
 from denoiselab.runs.errors import ConfigError, RankError
+from denoiselab.runs.files import check_own, make_durably, write_json, write_text
 from denoiselab.runs.folder import (
     COMMAND,
     CONFIG,
@@ -31,15 +32,11 @@ from denoiselab.runs.folder import (
     STARTS,
     SUMMARY,
     VERSIONS,
-    check_own,
     command_line,
     held,
-    make_durably,
     make_folder,
     make_run_folder,
     versions,
-    write_json,
-    write_text,
 )
 from denoiselab.runs.secrets import redact
 from denoiselab.runs.trust import check_plain

@@ -24,7 +24,8 @@ from denoiselab.app.trained import without_consent
 from denoiselab.reports.console import print_results
 from denoiselab.runs.changes import differences
 from denoiselab.runs.errors import ConfigError, RankError
-from denoiselab.runs.folder import CONFIG, STARTS, from_json, newest_run, read_json, read_small, versions
+from denoiselab.runs.files import from_json, read_json, read_small
+from denoiselab.runs.folder import CONFIG, STARTS, newest_run, versions
 from denoiselab.runs.launch import launch, launched_from_outside
 from denoiselab.runs.trust import check_targets
 from denoiselab.training.checkpoint import (

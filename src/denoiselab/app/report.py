@@ -11,7 +11,8 @@ from denoiselab.reports.page.folders import JOB, SWEEP
 from denoiselab.reports.page.write import write_page
 from denoiselab.runs.checks import check_value
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import CONFIG, prepare_folder
+from denoiselab.runs.files import prepare_folder
+from denoiselab.runs.folder import CONFIG
 from denoiselab.runs.named import runs_named
 
 REPORT_KEYS: dict[str, Any] = {

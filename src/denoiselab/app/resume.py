@@ -13,18 +13,8 @@ from typing import Any
 
 from denoiselab.app.compose import config_folder
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import (
-    COMMAND,
-    CONFIG,
-    DATA,
-    LOCK,
-    STARTS,
-    VERSIONS,
-    WRITING,
-    from_json,
-    read_json,
-    read_small,
-)
+from denoiselab.runs.files import from_json, read_json, read_small
+from denoiselab.runs.folder import COMMAND, CONFIG, DATA, LOCK, STARTS, VERSIONS, WRITING
 from denoiselab.runs.sweep_folder import OF_A_JOB
 
 OF_THE_COMMAND = ("run", "resume", "allow", "trust")  # what a folder has no say in

@@ -29,7 +29,7 @@ from denoiselab.evaluation.writing import (
 )
 from denoiselab.reports.console import print_results, progress, sampler_line
 from denoiselab.runs.errors import ConfigError, RankError
-from denoiselab.runs.folder import check_own, prepare_folder, write_json
+from denoiselab.runs.files import check_own, prepare_folder, write_json
 from denoiselab.runs.launch import launched_from_outside
 from denoiselab.training.checkpoint import FOLDER
 

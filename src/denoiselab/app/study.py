@@ -29,7 +29,8 @@ from denoiselab.app.trained import load_trained
 from denoiselab.reports.studies.page import PAGE, print_claims, write_page
 from denoiselab.reports.studies.study import Laboratory, Model, Study
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import CONFIG, SUMMARY, command_line, prepare_folder, read_json
+from denoiselab.runs.files import prepare_folder, read_json
+from denoiselab.runs.folder import CONFIG, SUMMARY, command_line
 from denoiselab.training.trainer import free_cores
 
 STUDY_KEYS: dict[str, Any] = {

@@ -18,7 +18,8 @@ from pathlib import Path
 from denoiselab.app.compose import answering
 from denoiselab.app.local_sweep import last_logged
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
-from denoiselab.runs.folder import working, write_text
+from denoiselab.runs.files import write_text
+from denoiselab.runs.folder import working
 from denoiselab.runs.launch import is_echo
 from denoiselab.runs.signals import held_back
 from denoiselab.runs.slurm import ATTEMPT, FAILED
@@ -151,7 +152,7 @@ def _said(folder: Path) -> str | None:
 
     What another attempt has left does not count: on a disk of several machines it may be seen for a while after it has gone.
     """
-    from denoiselab.runs.folder import read_small
+    from denoiselab.runs.files import read_small
 
     try:
         attempt, _, cause = read_small(folder / FAILED, 2000).decode(errors="replace").strip().partition(" ")
@@ -168,7 +169,8 @@ def _first_cause(folder: Path, error: str, echo: bool) -> str:
         error: of this rank.
         echo: whether that is how the end of another rank reaches this one.
     """
-    from denoiselab.runs.folder import SUMMARY, read_json, write_json
+    from denoiselab.runs.files import read_json, write_json
+    from denoiselab.runs.folder import SUMMARY
 
     cause = _said(folder)
     if cause is None:
@@ -181,7 +183,8 @@ def _first_cause(folder: Path, error: str, echo: bool) -> str:
 
 def _conclude(folder: Path, status: Status, code: int, why: str | None = None) -> None:
     """Have a job's files say that it has failed, where they do not say how it has ended."""
-    from denoiselab.runs.folder import RUNNING, SUMMARY, read_json, write_json
+    from denoiselab.runs.files import read_json, write_json
+    from denoiselab.runs.folder import RUNNING, SUMMARY
 
     cause = _said(folder) or why or f"ended with exit code {code}" + (" (out of memory?)" if code == KILLED else "")
     if (folder / SUMMARY).exists() and read_json(folder / SUMMARY) == RUNNING:

@@ -29,7 +29,8 @@ from denoiselab.app.trained import without_consent
 from denoiselab.evaluation.records import protocol_id
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
-from denoiselab.runs.folder import RUNNING, SUMMARY, open_own, read_json, write_json, writing
+from denoiselab.runs.files import open_own, read_json, write_json
+from denoiselab.runs.folder import RUNNING, SUMMARY, writing
 from denoiselab.runs.launch import echoes_last, is_echo, launch, launched_from_outside
 from denoiselab.runs.secrets import RedactingFormatter, redact_terminal, redact_text
 from denoiselab.runs.signals import STOPPING, held_back

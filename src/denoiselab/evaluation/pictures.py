@@ -19,7 +19,7 @@ from torch import Tensor
 from denoiselab.data.decoding import KINDS
 from denoiselab.evaluation.generate import Source
 from denoiselab.runs.checks import show
-from denoiselab.runs.folder import read_json
+from denoiselab.runs.files import read_json
 
 PROTOCOL = "protocol.json"  # in a folder of samples: how they were drawn, and how many
 DRAWN = ("sampler", "guidance", "nfe", "weights", "weights_sha256", "step", "seed")  # of it, for a number

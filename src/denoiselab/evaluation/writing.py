@@ -21,7 +21,7 @@ from torch import Tensor
 from denoiselab.evaluation.generate import Source
 from denoiselab.evaluation.pictures import PROTOCOL, to_pil
 from denoiselab.runs.checks import show
-from denoiselab.runs.folder import read_json
+from denoiselab.runs.files import read_json
 
 PARTIAL = ".partial"
 Advance = Callable[[int], None]

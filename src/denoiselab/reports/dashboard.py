@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from denoiselab.runs.changes import UNSAID, below
-from denoiselab.runs.folder import COMMAND, CONFIG, ID, read_json, read_small
+from denoiselab.runs.files import read_json, read_small
+from denoiselab.runs.folder import COMMAND, CONFIG, ID
 from denoiselab.runs.sweep_folder import JOB, SWEEP
 from denoiselab.training.history import METRICS, SECONDS, read_rows
 from denoiselab.training.monitor import bin_names

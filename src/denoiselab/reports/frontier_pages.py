@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from denoiselab.reports.frontier import COSTS, Frontier, Point, higher_is_better
-from denoiselab.runs.folder import MOST_JSON_BYTES, read_small
+from denoiselab.runs.files import MOST_JSON_BYTES, read_small
 
 WORDS, MARKS = ("sampler", "asked", "metric", "note"), ("front_nfe", "front_seconds")
 NUMBERS = ("scale", "nfe", "seconds", "value", "low", "high", "real", "count")  # of a record

@@ -11,7 +11,8 @@ from typing import Any
 
 from denoiselab.evaluation.records import RUN_FIELDS, Number
 from denoiselab.runs.checks import show
-from denoiselab.runs.folder import COMMAND, CONFIG, from_json, read_json, read_small
+from denoiselab.runs.files import from_json, read_json, read_small
+from denoiselab.runs.folder import COMMAND, CONFIG
 
 METRICS = "metrics.jsonl"
 # Of a protocol: which model was measured (but for its step, which must be asked for), and what came of it

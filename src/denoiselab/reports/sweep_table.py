@@ -12,7 +12,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import SUMMARY, read_json
+from denoiselab.runs.files import read_json
+from denoiselab.runs.folder import SUMMARY
 from denoiselab.runs.sweep_folder import Job, Status, Sweep
 
 STYLES = {"finished": "green", "failed": "bold red", "running": "cyan", "queued": "dim"}  # others: yellow

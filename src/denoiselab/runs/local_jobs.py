@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Protocol
 
 from denoiselab.runs.errors import Stopped
-from denoiselab.runs.folder import RUNNING, SUMMARY, open_own, write_json
+from denoiselab.runs.files import open_own, write_json
+from denoiselab.runs.folder import RUNNING, SUMMARY
 from denoiselab.runs.frozen_code import frozen
 from denoiselab.runs.sweep_folder import LOG, Job, Logged, Status, Sweep, ended, read_plain, read_status, write_status
 

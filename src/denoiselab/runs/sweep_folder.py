@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from denoiselab.runs.errors import INTERRUPTED, REQUEUE, ConfigError
-from denoiselab.runs.folder import ID, SUMMARY, WORKING, make_run_folder, read_json, read_small, write_json
+from denoiselab.runs.files import read_json, read_small, write_json
+from denoiselab.runs.folder import ID, SUMMARY, WORKING, make_run_folder
 
 SWEEP, JOB, STATUS, LOG = "sweep.json", "job.json", "status.json", "job.log"
 OF_A_JOB = (JOB, STATUS, LOG, WORKING, ".failed")  # what is in a run folder before the run has begun

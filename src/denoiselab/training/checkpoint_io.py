@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from denoiselab.runs.folder import make_durably, sync_folder
+from denoiselab.runs.files import make_durably, sync_folder
 from denoiselab.training.checkpoint import NotPlainError, load_checkpoint, read_back
 
 _RESUMED = {"optimizer_states": list, "lr_schedulers": list, "loops": dict, "pytorch-lightning_version": str}

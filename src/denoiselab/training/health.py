@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from denoiselab.runs.errors import RankError
-from denoiselab.runs.folder import write_text
+from denoiselab.runs.files import write_text
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of
 from denoiselab.training.module import DiffusionModule
 

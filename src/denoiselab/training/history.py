@@ -22,7 +22,7 @@ from lightning.pytorch.loggers import Logger
 
 from denoiselab.evaluation.records import Number
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import from_json, open_own, read_small, write_text
+from denoiselab.runs.files import from_json, open_own, read_small, write_text
 
 log = logging.getLogger(__name__)
 METRICS, TRACE, NUMBERS, SAMPLES = "metrics.csv", "trace.csv", "metrics.jsonl", "samples"

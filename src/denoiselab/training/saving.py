@@ -15,7 +15,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 
 from denoiselab.runs.checks import show
-from denoiselab.runs.folder import read_json
+from denoiselab.runs.files import read_json
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of, flaw_of, step_name, step_of, written_step
 from denoiselab.training.checkpoint_io import AtomicCheckpointIO, link_atomically, write_atomically
 from denoiselab.training.health import check_health

@@ -23,7 +23,7 @@ from typing import Any
 from PIL import Image
 
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import read_json, read_small, write_json
+from denoiselab.runs.files import read_json, read_small, write_json
 from denoiselab.training.history import METRICS, SAMPLES, SECONDS, read_rows
 from denoiselab.training.wandb_identity import WANDB
 

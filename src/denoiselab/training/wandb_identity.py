@@ -13,7 +13,8 @@ from typing import Any
 
 from denoiselab.runs.changes import UNSAID, below
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import COMMAND, CONFIG, git_state, read_json, write_json
+from denoiselab.runs.files import read_json, write_json
+from denoiselab.runs.folder import COMMAND, CONFIG, git_state
 from denoiselab.runs.secrets import redact
 from denoiselab.runs.sweep_folder import membership
 from denoiselab.training.history import surviving

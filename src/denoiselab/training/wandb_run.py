@@ -13,7 +13,8 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import CONFIG, STARTS, from_json, read_json, read_small, sending
+from denoiselab.runs.files import from_json, read_json, read_small
+from denoiselab.runs.folder import CONFIG, STARTS, sending
 from denoiselab.runs.signals import blocked
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of
 from denoiselab.training.history import surviving

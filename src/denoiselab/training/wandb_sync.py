@@ -21,7 +21,8 @@ from typing import Any
 import wandb
 
 from denoiselab.runs.errors import ConfigError
-from denoiselab.runs.folder import CONFIG, ID, SUMMARY, read_json, run_id, sending
+from denoiselab.runs.files import read_json
+from denoiselab.runs.folder import CONFIG, ID, SUMMARY, run_id, sending
 from denoiselab.runs.secrets import redact
 from denoiselab.training.checkpoint import FOLDER, checkpoints_of, step_of
 from denoiselab.training.history import METRICS, read_rows

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from denoiselab.reports.measured_runs import METRICS, MeasuredRun, commanded, flatten, read_all, read_mapping
-from denoiselab.runs.folder import COMMAND, CONFIG, ID, SUMMARY, VERSIONS, read_small
+from denoiselab.runs.files import read_small
+from denoiselab.runs.folder import COMMAND, CONFIG, ID, SUMMARY, VERSIONS
 from denoiselab.runs.sweep_folder import JOB, STATUS, SWEEP
 from denoiselab.runs.sweep_folder import LOG as JOB_LOG
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from denoiselab.runs.folder import read_small
+from denoiselab.runs.files import read_small
 from denoiselab.training.history import SAMPLES
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from denoiselab.reports.studies.claims import Claim
 from denoiselab.reports.studies.study import Findings
-from denoiselab.runs.folder import write_json
+from denoiselab.runs.files import write_json
 
 TABLE, PROTOCOL, PAGE = "table.csv", "protocol.json", "README.md"
 RULE = """\
