@@ -64,7 +64,7 @@ def seconds_since(note):
 def test_a_rank_that_raises_ends_the_job_with_its_cause(tmp_path, capfd):
     with pytest.raises(RankError) as caught:
         run_processes(fail, ("raised", str(tmp_path / "note")), 2, "cpu")
-    assert str(caught.value) == "rank 1 failed: ValueError: the cause"
+    assert str(caught.value) == "rank 1 failed: ValueError: the cause and much more on the next line"
     assert seconds_since(tmp_path / "note") < 60
     assert capfd.readouterr().err == ""
 
