@@ -669,7 +669,7 @@ def test_as_a_process_of_its_own(kind, tmp_path):
         checkpoint["config"]["sampler"], words = EVIL, "sampler._target_=os.system"
     if kind == "nan":
         checkpoint["ema"]["ema"][first(checkpoint["ema"]["ema"])].fill_(float("nan"))
-        words = "holds values that are not finite"
+        words = " is not finite"
     torch.save(checkpoint, folder / "step_0000007.ckpt")
     if kind == "pickle":
         write_pickle(folder / "step_0000007.ckpt", PICKLES["os.system"])

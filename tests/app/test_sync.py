@@ -207,7 +207,7 @@ def test_what_the_network_lost_is_made_up_for(tmp_path, server):
     assert stored.ends == []
     server.gone = False
     last = step_of(newest_checkpoint(run))
-    assert train(run, *long, f"trainer.max_steps={last + 20}", environment=online) == 0
+    assert script(run, *long, f"trainer.max_steps={last + 20}", environment=online).wait(200) == 0
     check_history(stored, run)
     assert (len(server.runs), stored.ends) == (1, [0])
 

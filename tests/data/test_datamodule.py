@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import lightning
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from denoiselab.data.datamodule import ImageDataModule, ignore_signals
+from denoiselab.data.datamodule import ImageDataModule, ignore_signals, naming_workers
 from denoiselab.data.dataset import InMemoryImages
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes as Linux shows them")
@@ -326,3 +327,15 @@ def test_an_epoch_that_ends_would_draw_the_same_again(tmp_path):
     line = "^limit_train_batches=3: training is one endless epoch, set max_steps$"
     with pytest.raises(ValueError, match=line):
         trainer(tmp_path, 9, limit_train_batches=3, val_check_interval=3).fit(Recorder(), datamodule=toy())
+
+
+def test_a_worker_that_was_killed_is_named_however_it_was_noticed(monkeypatch):
+    def broken(*_):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr("torch.utils.data.dataloader._MultiProcessingDataLoaderIter._try_get_data", broken)
+    words = r"^a DataLoader worker has ended without a word \(killed\?\): ConnectionResetError"
+    with pytest.raises(RuntimeError, match=words), naming_workers():
+        next(iter(DataLoader([1, 2], num_workers=1)))
+    with pytest.raises(ConnectionResetError), naming_workers():
+        broken()

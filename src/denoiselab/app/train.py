@@ -26,6 +26,7 @@ from denoiselab.app.nodes import Parts, make
 from denoiselab.app.processes import meet
 from denoiselab.app.resume import read_data, recorded_data, restored
 from denoiselab.app.trained import without_consent
+from denoiselab.data.datamodule import naming_workers
 from denoiselab.evaluation.records import protocol_id
 from denoiselab.reports.console import print_results, progress, sampler_line, time_line
 from denoiselab.runs.errors import ConfigError, RankError, Stopped
@@ -216,7 +217,8 @@ def _fit(
     run_dir, began, status, problem = Path(job.folder), time.time(), "failed", ""
     stopped: Stopped | None = None
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=job.checkpoint, weights_only=True)
+        with naming_workers():
+            trainer.fit(module, datamodule=data, ckpt_path=job.checkpoint, weights_only=True)
         status = "finished" if trainer.global_step >= trainer.max_steps else "stopped"
     except BaseException as error:
         stopped = as_stopped(error, asked)

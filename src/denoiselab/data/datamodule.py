@@ -7,6 +7,9 @@ import os
 import signal
 import sys
 import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import lightning
@@ -244,3 +247,20 @@ class ImageDataModule(lightning.LightningDataModule):
             raise ValueError(f"resolution={self.resolution}: {what} are {size[0]}x{size[1]}")
         if self.num_classes not in (0, num_classes):
             raise ValueError(f"num_classes={self.num_classes}: {what} have {num_classes} (0 trains without labels)")
+
+
+@contextmanager
+def naming_workers() -> Iterator[None]:
+    """Inside, a worker that was killed is named as the cause, also where a connection to it breaks before that is seen.
+
+    Raises:
+        RuntimeError: then.
+    """
+    try:
+        yield
+    except (ConnectionError, EOFError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(frame.filename.endswith(os.path.join("torch", "utils", "data", "dataloader.py")) for frame in frames):
+            what = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"a DataLoader worker has ended without a word (killed?): {what}") from error
+        raise
