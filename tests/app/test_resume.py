@@ -19,7 +19,7 @@ from denoiselab.app import job
 from denoiselab.app.resume import Start, _saved_before, find_start, key_of, restore_overrides, restored
 from denoiselab.runs.errors import ConfigError
 from denoiselab.runs.files import write_json
-from denoiselab.runs.folder import COMMAND, CONFIG
+from denoiselab.runs.folder import COMMAND, CONFIG, STARTS
 from denoiselab.training.checkpoint import (
     FOLDER,
     SCHEMA,
@@ -663,6 +663,19 @@ def test_two_processes_cannot_train_one_run(run, lock):
     finally:
         holder.kill()
         holder.communicate()
+
+
+def test_a_start_says_its_threads_and_the_next_one_has_as_many(tmp_path, source, monkeypatch):
+    shutil.copytree(source, tmp_path / "run")
+    lines = (tmp_path / "run" / STARTS).read_text().splitlines()
+    (tmp_path / "run" / STARTS).write_text(json.dumps(json.loads(lines[-1]) | {"threads": 7}) + "\n")
+    asked = []
+    monkeypatch.setattr(
+        "denoiselab.training.trainer.TrainerSettings.choose_threads", lambda _, then: asked.append(then) or 1
+    )
+    assert go_on(tmp_path, "run=run", "resume=auto", "trainer.max_steps=5", "schedule.steps=4").code == 0
+    assert asked == [7]
+    assert json.loads((tmp_path / "run" / STARTS).read_text().splitlines()[-1])["threads"] == 1
 
 
 def test_one_changed_pixel_is_found(class_folder, tmp_path):

@@ -138,6 +138,19 @@ def test_processes_share_the_cores(machine, processes, threads):
     assert asked.choose_threads() == 5
 
 
+def test_a_run_goes_on_with_the_threads_that_it_had(machine, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    assert free_cores(cgroup=machine.cgroup, then=4) == 4  # else sums would be rounded otherwise
+    for odd in (9, 0, -1, True, "4", 4.0, None, [4]):  # more than there are, or no number
+        machine.idle(1, 0, 0, 0, 0, 0, 0, 0)
+        assert free_cores(cgroup=machine.cgroup, then=odd) == 1
+    machine.idle(1, 0, 0, 0, 0, 0, 0, 0)
+    assert free_cores(2, machine.cgroup, then=5) == 1
+    assert TrainerSettings(**(GOOD | {"threads": 5})).choose_threads(4) == 5
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert free_cores(cgroup=machine.cgroup, then=4) == 3
+
+
 def test_a_machine_without_proc_counts_its_cores(machine, monkeypatch):
     def no_proc(allowed):
         raise FileNotFoundError("/proc/stat")

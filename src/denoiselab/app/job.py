@@ -23,7 +23,7 @@ from denoiselab.app.resume import Start, find_start
 from denoiselab.app.weights import fit
 from denoiselab.runs.changes import check_changes
 from denoiselab.runs.errors import ConfigError, RankError
-from denoiselab.runs.files import check_own, make_durably, write_json, write_text
+from denoiselab.runs.files import check_own, from_json, make_durably, read_small, write_json, write_text
 from denoiselab.runs.folder import (
     COMMAND,
     CONFIG,
@@ -101,11 +101,13 @@ def open_job(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     again = ["no checkpoint yet: begins again at step 0"] if start.exists and start.checkpoint is None else []
-    folder = open_folder(start, config, name, how, data, parts.data.record(), lock)
+    threads = training.settings.choose_threads(_last_threads(start.folder) if start.exists else None)
+    began = {"data": data, "threads": threads}
+    folder = open_folder(start, config, name, how, began, parts.data.record(), lock)
     return Job(
         config=config,
         folder=str(folder),
-        threads=training.settings.choose_threads(),
+        threads=threads,
         checkpoint=None if start.checkpoint is None else str(_as_own(start.checkpoint, folder / FOLDER)),
         data=data,
         notes=(
@@ -159,11 +161,11 @@ def open_folder(
     config: dict[str, Any],
     name: str,
     how: dict[str, Any],
-    data: dict[str, str],
+    began: dict[str, Any],
     record: dict[str, Any] | None,
     lock: ExitStack,
 ) -> Path:
-    """The folder of the run: made, or taken over; says in it how it was started.
+    """The folder of the run: made, or taken over; says in it how it was started, with the data and threads of `began`.
 
     Raises:
         ConfigError: if it cannot be made, or another process works in it.
@@ -175,7 +177,7 @@ def open_folder(
         raise ConfigError(str(error)) from error
     if not begun:
         lock.enter_context(held(folder))
-    began = {"time": datetime.now().isoformat(timespec="seconds"), "step": step, "data": data}
+    began = {"time": datetime.now().isoformat(timespec="seconds"), "step": step, **began}
     began |= {"command": command_line()} | versions()
     try:
         if begun:
@@ -195,6 +197,14 @@ def open_folder(
     except OSError as error:
         raise ConfigError(f"run={folder}: cannot be written to ({error.strerror or error})") from error
     return folder
+
+
+def _last_threads(folder: Path | None) -> Any:
+    """The threads of each process at the last start of a run, as its folder says; None if it does not."""
+    try:
+        return None if folder is None else from_json(read_small(folder / STARTS).splitlines()[-1]).get("threads")
+    except (FileNotFoundError, ConfigError, ValueError, IndexError, AttributeError):
+        return None
 
 
 def _as_own(checkpoint: Path, own: Path) -> Path:

@@ -113,6 +113,9 @@ def replay(options: dict[str, Any], choices: dict[str, str], overrides: list[str
         check_run(_loaded(begin), module, training.callbacks.values(), f"checkpoint={begin}")
     changed = differences(_versions(started), _versions(versions()))
     environment = [f"{key} {then} → {now}" for key, (then, now) in changed.items()]
+    threads = training.settings.choose_threads(started.get("threads"))
+    if started.get("threads", threads) != threads:
+        environment.append(f"threads {show(started['threads'])} → {threads}")
     console = Console()
     facts: dict[str, Any] = {"run": folder, "steps": f"{first + 1} to {last}", "data": "as recorded"}
     if not parts.data.knows_pixels:
@@ -122,7 +125,6 @@ def replay(options: dict[str, Any], choices: dict[str, str], overrides: list[str
     facts["versions"] = "as recorded" if not environment else "; ".join(environment)
     print_results(console, facts, [])
     with tempfile.TemporaryDirectory() as scratch:
-        threads = training.settings.choose_threads()
         job = Job(
             config=config,
             folder=scratch,

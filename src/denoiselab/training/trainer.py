@@ -6,7 +6,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning
 import torch
@@ -83,9 +83,13 @@ class TrainerSettings:
         """Processes over all machines."""
         return self.devices * self.num_nodes
 
-    def choose_threads(self) -> int:
-        """CPU threads for each process; to be asked before the processes are started, while the cores are still free."""
-        return self.threads or free_cores(self.devices)
+    def choose_threads(self, then: Any = None) -> int:
+        """CPU threads for each process; to be asked before the processes are started, while the cores are still free.
+
+        Args:
+            then: what a file says of the last start: with another number, sums are rounded otherwise.
+        """
+        return self.threads or free_cores(self.devices, then=then)
 
     def build(self, run_dir: Path, loggers: list[Logger], callbacks: list[Callback]) -> lightning.Trainer:
         """The Trainer of a run."""
@@ -129,15 +133,18 @@ class _WholeFitLoop(_FitLoop):
         return False
 
 
-def free_cores(processes: int = 1, cgroup: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+def free_cores(processes: int = 1, cgroup: Path = Path("/sys/fs/cgroup/cpu.max"), then: Any = None) -> int:
     """CPU threads that each of so many processes can really have, at least 1.
 
-    OMP_NUM_THREADS if it is set; else the cores of the affinity mask that are idle just now, capped by the container's quota
-    and shared out. On cores that others use, one thread too many makes a step many times slower: threads wait spinning.
+    OMP_NUM_THREADS if it is set; else `then`, if this machine has so many cores, busy or not; else the cores of the affinity
+    mask that are idle just now, capped by the container's quota and shared out. On cores that others use, one thread too many
+    makes a step many times slower: threads wait spinning.
     """
     given = os.environ.get("OMP_NUM_THREADS", "")
     if given.isdigit() and int(given) > 0:
         return int(given)
+    if type(then) is int and 0 < then * processes <= (os.cpu_count() or 1):
+        return then
     cores: float
     try:
         allowed = os.sched_getaffinity(0)
