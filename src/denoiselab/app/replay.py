@@ -23,6 +23,7 @@ from denoiselab.app.train import start_logging
 from denoiselab.app.trained import without_consent
 from denoiselab.reports.console import print_results
 from denoiselab.runs.changes import differences
+from denoiselab.runs.checks import show
 from denoiselab.runs.errors import ConfigError, RankError
 from denoiselab.runs.files import from_json, read_json, read_small
 from denoiselab.runs.folder import CONFIG, STARTS, newest_run, versions
