@@ -181,21 +181,6 @@ def test_the_command_as_typed(monkeypatch):
 # --- a folder of somebody else's ---
 
 
-@pytest.fixture
-def precious(tmp_path):
-    """A file of the user, outside of the run."""
-    (tmp_path / "precious").write_text("mine\n")
-    yield tmp_path / "precious"
-    assert (tmp_path / "precious").read_text() == "mine\n"
-
-
-@pytest.fixture
-def run(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    return folder
-
-
 @pytest.mark.parametrize("name", [LOCK, WRITING])
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_lock_is_a_file(precious, run, name, kind):

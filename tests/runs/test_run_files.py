@@ -27,21 +27,6 @@ def test_json_is_written_complete_or_not_at_all(tmp_path, monkeypatch):
     assert json.loads(path.read_text())["a"] == 1
 
 
-@pytest.fixture
-def precious(tmp_path):
-    """A file of the user, outside of the run."""
-    (tmp_path / "precious").write_text("mine\n")
-    yield tmp_path / "precious"
-    assert (tmp_path / "precious").read_text() == "mine\n"
-
-
-@pytest.fixture
-def run(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    return folder
-
-
 def test_a_file_is_not_written_through_a_link(precious, run):
     (run / "a.json").symlink_to(precious)
     write_json(run / "a.json", {"a": 1})
